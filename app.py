@@ -1,0 +1,30 @@
+"""The app: settings → engine → page → launch."""
+
+import argparse
+import sys
+from dataclasses import replace
+
+from bapo.errors import BapoError
+from bapo.inference.engine import LocalEngine
+from bapo.settings import Settings
+from bapo.ui.interface import build_interface, launch
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", help="a preset, a hub id or a folder (default: BAPO_BASE, else by the machine)")
+    args = parser.parse_args()
+    try:
+        settings = Settings.from_environment()
+        if args.base:
+            settings = replace(settings, base=args.base)
+        page = build_interface(LocalEngine.load(settings))
+    except BapoError as error:
+        print(f"bapo: {error}", file=sys.stderr)
+        return 2
+    launch(page, settings.host, settings.port)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from bapo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,76 @@
+"""The base responses y_b: what the untouched base answers, greedily, once per prompt and never again."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bapo.disk_cache import DiskCache
+from bapo.inference.base import Base
+
+MAX_TOKENS = 128  # a small base may never end its answer; what it says later says little more
+BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class BaseResponse:
+    """A greedy answer. `complete` is false where it was cut at the limit and so has no end-of-turn token."""
+
+    token_ids: list[int]
+    text: str
+    complete: bool
+
+
+def base_responses(
+    base: Base,
+    prompts: Sequence[str],
+    cache: Path,
+    *,
+    max_tokens: int = MAX_TOKENS,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, BaseResponse]:
+    """The base response of every prompt, from the disk where it was generated before.
+
+    The cache is keyed by the base's fingerprint, the token limit and the prompt. `progress` is told
+    (prompts done, prompts in all). `base.model` must answer as the base: no adapter may be active.
+    """
+    known = DiskCache(cache / "base-responses" / base.fingerprint)
+    keys = {prompt: [prompt, max_tokens] for prompt in prompts}
+    # Alike lengths share a batch, so that little is padded.
+    missing = sorted(
+        (prompt for prompt, key in keys.items() if key not in known), key=lambda prompt: len(base.encode_prompt(prompt))
+    )
+    progress(len(keys) - len(missing), len(keys))
+    for start in range(0, len(missing), BATCH):
+        batch = missing[start : start + BATCH]
+        for prompt, response in zip(batch, _generate(base, batch, max_tokens), strict=True):
+            known[keys[prompt]] = asdict(response)
+        progress(len(keys) - len(missing) + start + len(batch), len(keys))
+    return {prompt: BaseResponse(**known[key]) for prompt, key in keys.items()}
+
+
+@torch.inference_mode()
+def _generate(base: Base, prompts: list[str], max_tokens: int) -> list[BaseResponse]:
+    encoded = [base.encode_prompt(prompt) for prompt in prompts]
+    width = max(map(len, encoded))
+    pad = next(iter(base.stop_ids))
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=base.model.device)
+    # By length, not by token: the pad token may be the end-of-turn token, which prompts contain.
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=base.model.device)
+    output = base.model.generate(
+        input_ids,
+        attention_mask=mask,
+        do_sample=False,
+        max_new_tokens=max_tokens,
+        eos_token_id=sorted(base.stop_ids),
+        pad_token_id=pad,
+    )
+    return [_response(base, row) for row in output[:, width:].tolist()]
+
+
+def _response(base: Base, token_ids: list[int]) -> BaseResponse:
+    end = next((i for i, token in enumerate(token_ids) if token in base.stop_ids), None)
+    if end is not None:
+        token_ids = token_ids[: end + 1]
+    return BaseResponse(token_ids, base.tokenizer.decode(token_ids, skip_special_tokens=True), end is not None)

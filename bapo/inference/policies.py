@@ -1,0 +1,70 @@
+"""The base with its resident adapters: batches in which every row has a policy of its own."""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from peft import PeftModel
+
+from bapo.adapters import Adapter
+from bapo.inference.base import Base
+
+PEFT_BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+
+
+class Policies:
+    """Holds the model and at most `limit` adapters; the least recently used leaves first.
+
+    PEFT wraps the base's linear layers in place: the base's weights are neither changed nor copied,
+    and a row without an adapter is the base itself.
+    """
+
+    def __init__(self, base: Base, limit: int):
+        self.base = base
+        self.limit = limit
+        self._model: PeftModel | None = None
+        self._resident: OrderedDict[str, Adapter] = OrderedDict()
+
+    @property
+    def resident(self) -> list[str]:
+        """Names of the adapters in memory, least recently used first."""
+        return list(self._resident)
+
+    def require(self, adapters: Iterable[Adapter]) -> None:
+        """Load what is not in memory yet. One call's adapters stay, even beyond the limit."""
+        adapters = list(adapters)
+        for adapter in adapters:
+            if self._resident.get(adapter.name) != adapter:  # new, or trained again since
+                self._load(adapter)
+            self._resident.move_to_end(adapter.name)
+        while len(self._resident) > max(self.limit, len(adapters)):
+            name, _ = self._resident.popitem(last=False)
+            self._model.delete_adapter(name)
+
+    def forward(self, names: Sequence[str | None], **inputs):
+        """One forward pass; row i runs under the adapter `names[i]`, or as the base where it is None."""
+        if self._model is None:
+            return self.base.model(**inputs)
+        return self._model(adapter_names=[name or PEFT_BASE for name in names], **inputs)
+
+    @contextmanager
+    def base_alone(self) -> Iterator[Base]:
+        """The plain base, for code that knows nothing of adapters."""
+        if self._model is None:
+            yield self.base
+        else:
+            with self._model.disable_adapter():
+                yield self.base
+
+    def _load(self, adapter: Adapter) -> None:
+        device = str(self.base.model.device)
+        if self._model is None:
+            self._model = PeftModel.from_pretrained(
+                self.base.model, adapter.folder, adapter_name=adapter.name, torch_device=device
+            )
+        else:
+            if adapter.name in self._resident:
+                self._model.delete_adapter(adapter.name)
+            self._model.load_adapter(adapter.folder, adapter_name=adapter.name, torch_device=device)
+        self._model.eval()
+        self._resident[adapter.name] = adapter

@@ -1,0 +1,82 @@
+"""The catalogue of preferences the shipped adapters are trained for.
+
+P-Soups (arXiv 2310.11564) names the style preferences P1A … P3B; DSP (arXiv 2309.03126)
+names the four domains. Labels, descriptions and instructions are our own wording.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """One taste. `instruction` is what one would have to ask for, without an adapter."""
+
+    id: str
+    label: str
+    family: str  # "style" (P-Soups) or "domain" (DSP); rejected responses come from the same family
+    description: str
+    instruction: str
+
+
+CATALOGUE: dict[str, Preference] = {
+    preference.id: preference
+    for preference in (
+        Preference(
+            "P1A", "Elementary", "style",
+            "Short sentences and everyday words that a nine-year-old can follow.",
+            "Explain it so that a child in elementary school understands every word.",
+        ),
+        Preference(
+            "P1B", "PhD-level", "style",
+            "Dense and technical, written for a specialist of the field.",
+            "Answer for a doctoral researcher of the field, with its technical vocabulary and mechanisms.",
+        ),
+        Preference(
+            "P2A", "Concise", "style",
+            "The answer without extra words.",
+            "Answer briefly and to the point, and leave out everything that is not needed.",
+        ),
+        Preference(
+            "P2B", "Detailed", "style",
+            "Background, reasons, numbers and exceptions.",
+            "Answer at length and leave no useful background, reason or exception out.",
+        ),
+        Preference(
+            "P3A", "Friendly", "style",
+            "Warm and witty, as a close friend would put it.",
+            "Answer like a close friend: warm, playful and funny.",
+        ),
+        Preference(
+            "P3B", "Unfriendly", "style",
+            "Curt, cold and a little scornful, though still correct.",
+            "Answer curtly and coldly, as if the question were a nuisance.",
+        ),
+        Preference(
+            "academy", "Academy", "domain",
+            "A scholar's register: careful, impersonal, argued.",
+            "Answer in the register of an academic essay.",
+        ),
+        Preference(
+            "business", "Business", "domain",
+            "A memo's view: cost, risk, outcome and next step.",
+            "Answer as a business memo would: outcome, cost, risk, next step.",
+        ),
+        Preference(
+            "entertainment", "Entertainment", "domain",
+            "A show host's flair: lively, dramatic, full of puns.",
+            "Answer like the host of an entertainment show.",
+        ),
+        Preference(
+            "literature", "Literature", "domain",
+            "Literary prose: image, rhythm and a narrator's voice.",
+            "Answer in literary prose, with imagery and rhythm.",
+        ),
+    )
+}  # fmt: skip
+
+
+def family_of(preference_id: str) -> list[str]:
+    """The ids of every preference in the same family, the given one first."""
+    family = CATALOGUE[preference_id].family
+    others = [p.id for p in CATALOGUE.values() if p.family == family and p.id != preference_id]
+    return [preference_id, *others]
