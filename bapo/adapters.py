@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -115,10 +116,9 @@ class AdapterStore:
 
     def place(self, preference: str, method: str) -> Path:
         """The folder an adapter of this name lives in, there or not."""
-        name = adapter_name(preference, method)
-        if not name.replace("-", "").replace("_", "").isalnum():
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", preference):
             raise BapoError(f"A preference is named with letters, digits, '-' and '_' alone, not {preference!r}.")
-        return self.folder / name
+        return self.folder / adapter_name(preference, method)
 
     def install(self, scratch: Path, card: AdapterCard) -> Path:
         """Move a finished adapter folder into place in one rename, replacing an earlier one of that name."""

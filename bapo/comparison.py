@@ -132,7 +132,7 @@ def compare(engine: LocalEngine, prompt: str, preference: str, sampling: Samplin
         adapters += [found[method] for method in methods]
         follows = [None] * len(run.answers) + [0] * len(methods)
         start = time.monotonic()
-        shown = 0.0
+        shown = -FRAME_SECONDS  # the first token is shown at once
         for pieces in engine.decode(prompt, adapters, follows, sampling):
             seconds = time.monotonic() - start
             run.advance(pieces, seconds)

@@ -25,8 +25,9 @@ class Settings:
     cache: Path = field(default_factory=_user_cache)
     adapters: Path = REPOSITORY / "adapters"
     precision: str = "nf4"
-    host: str = "127.0.0.1"
-    port: int = 7860
+    # A Space sets gradio's own variables to be reached from outside.
+    host: str = field(default_factory=lambda: os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1")
+    port: int = field(default_factory=lambda: int(os.environ.get("GRADIO_SERVER_PORT") or 7860))
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 512
     resident_adapters: int = 8

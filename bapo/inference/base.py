@@ -51,7 +51,7 @@ class Base:
     stop_ids: frozenset[int]
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The vocabulary projection."""
         return self.model.get_output_embeddings()
 

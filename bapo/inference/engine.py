@@ -49,6 +49,11 @@ class LocalEngine:
     def base_name(self) -> str:
         return self.base.name
 
+    @property
+    def resident_adapters(self) -> list[str]:
+        """Names of the adapters in memory."""
+        return self._policies.resident
+
     def check_prompt(self, prompt: str) -> None:
         """Raise a `BapoError` where the prompt is empty or too long."""
         if not prompt.strip():

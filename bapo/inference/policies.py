@@ -37,7 +37,7 @@ class Policies:
             if self._resident.get(adapter.name) != adapter:  # new, or trained again since
                 self._load(adapter)
             self._resident.move_to_end(adapter.name)
-        while len(self._resident) > max(self.limit, len(adapters)):
+        while self._model is not None and len(self._resident) > max(self.limit, len(adapters)):
             name, _ = self._resident.popitem(last=False)
             self._model.delete_adapter(name)
 

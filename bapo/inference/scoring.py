@@ -11,7 +11,7 @@ from bapo.inference.prefix_tree import PREFIX, PromptTree, additive_mask, stack_
 
 @torch.inference_mode()
 def response_logps(
-    forward: Callable, head: nn.Module, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
+    forward: Callable, head: nn.Linear, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
 ) -> Tensor:
     """Summed log-probs, in nats, of each response after the prompt; shape [responses].
 
@@ -21,7 +21,7 @@ def response_logps(
     return branch_logps(forward, head, {name: value.to(head.weight.device) for name, value in tree.items()})
 
 
-def branch_logps(forward: Callable, head: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def branch_logps(forward: Callable, head: nn.Linear, batch: dict[str, Tensor]) -> Tensor:
     """Summed log-probs, in nats, of every branch of a batch of trees (see `stack_trees`).
 
     Differentiable; shape [branches], float32 or wider.
@@ -40,7 +40,7 @@ def branch_logps(forward: Callable, head: nn.Module, batch: dict[str, Tensor]) -
 
 
 @contextmanager
-def _projecting_only(head: nn.Module, selected: Tensor) -> Iterator[None]:
+def _projecting_only(head: nn.Linear, selected: Tensor) -> Iterator[None]:
     """Let the vocabulary projection see the selected positions alone: [trees, length, width] → [selected, width].
 
     It is a quarter of a small model's work, and neither prompt nor padding needs it. A hook reaches

@@ -155,9 +155,10 @@ def _reference_rows(
         texts = list(dict.fromkeys(text for pair in own for text in (pair.chosen, pair.rejected)))
         responses = [base.encode_response(prompt, text)[: plan.max_response_tokens] for text in texts]
         responses.append(answers[prompt].token_ids)
-        key = [base.encode_prompt(prompt), responses]
+        prompt_ids = base.encode_prompt(prompt)
+        key = [prompt_ids, responses]
         if key not in known:
-            known[key] = response_logps(base.model, base.head, *key).tolist()
+            known[key] = response_logps(base.model, base.head, prompt_ids, responses).tolist()
         for text, response, logp in zip([*texts, ""], responses, known[key], strict=True):  # "" stands for y_b
             ids[prompt, text], logps[prompt, text] = response, logp
         clock.tell("reference", done, len(by_prompt))

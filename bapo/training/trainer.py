@@ -1,7 +1,6 @@
 """BAPOTrainer: TRL's DPOTrainer with a base response beside every pair, and the prompt computed once."""
 
 from collections.abc import Iterator
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ class BAPOTrainer(DPOTrainer):
     `drift` (nats, reference − policy, of the base response) and the two terms of the loss.
     """
 
-    _tag_names: ClassVar = ["trl", "bapo"]
+    _tag_names = ["trl", "bapo"]  # noqa: RUF012 (as DPOTrainer declares it)
     _name = "BAPO"
 
     def __init__(self, model, *, method: str, lambda_: float, args: DPOConfig, processing_class, **kwargs):

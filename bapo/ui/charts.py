@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import plotly.graph_objects as go
 
 # Read in light and in dark alike. A line is told from the other by its dash and its label as well.
-COLOURS = {"base": "#7c8594", "dpo": "#d9730d", "bapo": "#0f8a7e"}
+COLOURS = {"base": "#7c8594", "dpo": "#d9730d", "bapo": "#0d9f8f"}
 DASHES = {"dpo": "dash", "bapo": "solid"}
 NAMES = {"base": "Base", "dpo": "DPO", "bapo": "BAPO"}
 INK = "#7c8594"

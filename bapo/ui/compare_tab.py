@@ -58,9 +58,13 @@ def build_compare_tab(engine: LocalEngine) -> None:
     about = gr.HTML(texts.description(start) if start else "", elem_id="about")
     with gr.Accordion("Length, temperature, seed", open=False), gr.Row():
         length = gr.Slider(
-            8, engine.settings.max_new_tokens, value=min(128, engine.settings.max_new_tokens), step=8,
-            label="Length", info="tokens at most",
-        )  # fmt: skip
+            8,
+            engine.settings.max_new_tokens,
+            value=min(128, engine.settings.max_new_tokens),
+            step=8,
+            label="Length",
+            info="tokens at most",
+        )
         temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature", info="0: always the likeliest token")
         top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top-p", info="share of the probability drawn from")
         seed = gr.Number(0, precision=0, label="Seed", info="same seed, same answer")
@@ -84,15 +88,24 @@ def build_compare_tab(engine: LocalEngine) -> None:
                 scale=3,
             )
             method = gr.Radio(
-                [(NAMES[name], name) for name in METHODS], value=METHODS[0], show_label=False, label="Adapter",
-                container=False, scale=1, min_width=160, elem_id="method",
-            )  # fmt: skip
+                [(NAMES[name], name) for name in METHODS],
+                value=METHODS[0],
+                show_label=False,
+                label="Adapter",
+                container=False,
+                scale=1,
+                min_width=160,
+                elem_id="method",
+            )
         strip = gr.HTML(views[5], elem_id="tokens")
     with gr.Accordion("The same from a terminal", open=False):
         command = gr.Code(
-            texts.terminal_command(EXAMPLES[0], start or "P2A", 128, 0, 0), language="shell", show_label=False,
-            interactive=False, elem_id="command",
-        )  # fmt: skip
+            texts.terminal_command(recording.prompt if recording else EXAMPLES[0], start or "P2A", 128, 0, 1, 0),
+            language="shell",
+            show_label=False,
+            interactive=False,
+            elem_id="command",
+        )
 
     def answer(prompt, preference, length, temperature, top_p, seed, method) -> Iterator[tuple]:
         try:
@@ -117,9 +130,12 @@ def build_compare_tab(engine: LocalEngine) -> None:
     outputs = [ask, stop, state, last_frame, *panels, sentence, chart, strip]
     # A limit above one, so that those who wait do so in the engine's line, which tells them their place.
     shared = {
-        "concurrency_id": "model", "concurrency_limit": VISITORS, "show_progress": "hidden",
-        "api_visibility": "private", "trigger_mode": "once",
-    }  # fmt: skip
+        "concurrency_id": "model",
+        "concurrency_limit": VISITORS,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "trigger_mode": "once",
+    }
     runs = [gr.on([ask.click, prompt.submit], answer, inputs, outputs, **shared)]
     for button, text in zip(examples, EXAMPLES, strict=True):
         filled = button.click(lambda text=text: text, None, prompt, queue=False, api_visibility="private")
@@ -130,18 +146,24 @@ def build_compare_tab(engine: LocalEngine) -> None:
         message = texts.notice(f"Stopped after {tokens} tokens." if tokens else "Stopped.")
         return (*_buttons(idle=True), message)
 
-    stop.click(stopped, last_frame, [ask, stop, state], cancels=runs, queue=False, api_visibility="private")
+    # First cancel, then say so: a frame on its way would otherwise disable Ask again.
+    cancelled = stop.click(None, cancels=runs, queue=False, api_visibility="private")
+    cancelled.then(stopped, last_frame, [ask, stop, state], queue=False, api_visibility="private")
     preference.change(texts.description, preference, about, queue=False, api_visibility="private")
     method.change(
-        lambda frame, method: _views(frame, method)[5], [last_frame, method], strip, queue=False,
+        lambda frame, method: _views(frame, method)[5],
+        [last_frame, method],
+        strip,
+        queue=False,
         api_visibility="private",
-    )  # fmt: skip
-    gr.on(
-        [prompt.change, preference.change, length.change, temperature.change, seed.change],
-        lambda *given: texts.terminal_command(*given[:2], int(given[2]), given[3], int(given[4] or 0)),
-        [prompt, preference, length, temperature, seed], command, queue=False, api_visibility="private",
-        trigger_mode="always_last",
-    )  # fmt: skip
+    )
+
+    def as_command(prompt, preference, length, temperature, top_p, seed):
+        return texts.terminal_command(prompt, preference or "", int(length), temperature, top_p, int(seed or 0))
+
+    options = [prompt, preference, length, temperature, top_p, seed]
+    changes = [component.change for component in options]
+    gr.on(changes, as_command, options, command, queue=False, api_visibility="private", trigger_mode="always_last")
 
 
 def _buttons(idle: bool) -> tuple:
@@ -153,10 +175,10 @@ def _views(frame: Frame | None, method: str) -> tuple:
     """(base panel, DPO panel, BAPO panel, reading, chart, token strip) of a frame."""
     answers = {answer.name: answer for answer in frame.answers} if frame else {}
     panels = [texts.answer_panel(name, answers.get(name), frame) for name in (BASE, *METHODS)]
-    methods = frame.methods if frame else []
+    changes = {name: frame.logps_change(name) for name in frame.methods} if frame else {}
     tokens = frame.base_tokens if frame else ()
-    chart = drift_figure({name: frame.logps_change(name) for name in methods}, [token.text for token in tokens])
-    strip = texts.token_strip(tokens, method) if method in methods else ""
+    chart = drift_figure(changes, [token.text for token in tokens])
+    strip = texts.token_strip(tokens, method) if method in changes else ""
     return (*panels, texts.reading(frame), chart, strip)
 
 

@@ -57,8 +57,8 @@ def token_strip(tokens: tuple[BaseToken, ...], method: str) -> str:
     spans = []
     for token, text in _merged(tokens):
         change = sum(part.change(method) for part in token)
-        strength = min(abs(change) / 3, 1)  # full colour from e³ on
-        colour = f"rgba(217,115,13,{strength:.2f})" if change < 0 else f"rgba(15,138,126,{strength:.2f})"
+        strength = 0.6 * min(abs(change) / 3, 1)  # strongest from e³ on, and still readable in light and dark
+        colour = f"rgba(217,115,13,{strength:.2f})" if change < 0 else f"rgba(13,159,143,{strength:.2f})"
         label = signed(change) if abs(change) >= TOLD_CHANGE else ""
         hint = f"{signed(change, 2)} nats under {NAMES[method]}"
         shown = escape(text).replace("\n", "↵") if text else "end"
@@ -110,11 +110,11 @@ def label(preference_id: str) -> str:
     return known.label if known else preference_id
 
 
-def terminal_command(prompt: str, preference: str, length: int, temperature: float, seed: int) -> str:
+def terminal_command(prompt: str, preference: str, length: int, temperature: float, top_p: float, seed: int) -> str:
     """The same comparison as a command."""
     options = f"--preference {shlex.quote(preference)} --max-new-tokens {length}"
     if temperature:
-        options += f" --temperature {temperature:g} --seed {seed}"
+        options += f" --temperature {temperature:g} --top-p {top_p:g} --seed {seed}"
     return f"python -m bapo compare {shlex.quote(prompt)} {options}"
 
 

@@ -1,0 +1,173 @@
+"""The Compare page in a real browser: once on the real base, the corners on a tiny one."""
+
+import re
+
+import pytest
+from playwright.sync_api import Page, expect
+
+NAMES = ("base", "dpo", "bapo")
+MINUTES = 60_000  # milliseconds
+
+
+def open_page(page: Page, address: str) -> None:
+    page.goto(address)
+    expect(page.locator("#prompt textarea")).to_be_visible(timeout=MINUTES)
+
+
+def ask(page: Page, prompt: str) -> None:
+    page.fill("#prompt textarea", prompt)
+    page.press("#prompt textarea", "Enter")
+
+
+def answer(page: Page, name: str):
+    return page.locator(f"#answer-{name} .bapo-text")
+
+
+def choose_length(page: Page, tokens: int) -> None:
+    number = page.get_by_label("number input for Length")
+    if not number.is_visible():
+        page.get_by_text("Length, temperature, seed").click()
+    number.fill(str(tokens))
+    number.press("Tab")
+    expect(page.get_by_label("range slider for Length")).to_have_value(str(tokens))
+
+
+def state(page: Page):
+    return page.locator("#state")
+
+
+def test_three_answers_stream_and_the_drift_is_drawn(page, real_app):
+    open_page(page, real_app)
+    expect(state(page)).to_contain_text("A recorded run of this very model")
+    for name in NAMES:
+        assert len(answer(page, name).inner_text()) > 40, "the first screen makes the argument without a click"
+    choose_length(page, 24)
+    ask(page, "What is a rainbow?")
+    expect(page.locator("#answer-base footer")).to_contain_text(re.compile(r"^[2-9] tokens"), timeout=2 * MINUTES)
+    early = {name: answer(page, name).inner_text() for name in NAMES}
+    expect(state(page)).to_contain_text(re.compile(r"tokens in .* s, .* tokens/s"), timeout=2 * MINUTES)
+    for name in NAMES:
+        final = answer(page, name).inner_text()
+        assert final.startswith(early[name].rstrip("…▌")), "an answer only grows"
+        assert len(final) > len(early[name]) > 0
+    assert len({answer(page, name).inner_text() for name in NAMES}) == 3
+    expect(page.locator("#chart .scatterlayer .trace")).to_have_count(2)
+    expect(page.locator("#reading")).to_contain_text(re.compile(r"DPO drifted .* nats: .*; BAPO drifted .* nats: .*\."))
+    under_dpo = page.locator("#tokens").inner_text()
+    page.locator("#method").get_by_label("BAPO", exact=True).check()
+    expect(page.locator("#tokens .bapo-token").first).to_have_attribute("title", re.compile("nats under BAPO"))
+    assert page.locator("#tokens").inner_text() != under_dpo
+
+
+def test_stop_change_the_preference_ask_again_reload(page, tiny_app):
+    open_page(page, tiny_app)
+    choose_length(page, 512)
+    ask(page, "why?")
+    expect(page.locator("#answer-bapo footer")).to_contain_text("tokens/s", timeout=MINUTES)
+    page.click("#stop")
+    expect(state(page)).to_contain_text(re.compile(r"Stopped after \d+ tokens"))
+    expect(page.locator("#ask")).to_be_enabled()
+    expect(page.locator("#stop")).to_be_disabled()
+    stopped = answer(page, "dpo").inner_text()
+    page.wait_for_timeout(1500)
+    assert answer(page, "dpo").inner_text() == stopped
+
+    page.locator("#preference").get_by_label("Literature").check()
+    expect(page.locator("#about")).to_contain_text("Literary prose")
+    choose_length(page, 8)
+    page.click("#ask")
+    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    assert not answer(page, "dpo").inner_text().startswith(stopped[:20])
+    page.reload()
+    expect(page.locator("#prompt textarea")).to_be_visible(timeout=MINUTES)
+    expect(page.locator("#ask")).to_be_enabled()
+    expect(state(page)).to_contain_text("Ask a question")
+
+
+def test_two_tabs_at_once_get_their_own_text_and_the_second_is_told_to_wait(browser, page, tiny_app):
+    open_page(page, tiny_app)
+    second = browser.new_context().new_page()
+    open_page(second, tiny_app)
+    choose_length(page, 512)
+    choose_length(second, 16)
+    ask(page, "first?")
+    expect(page.locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
+    ask(second, "second?")
+    expect(state(second)).to_contain_text("one question is being answered before yours", timeout=MINUTES)
+    expect(state(second)).to_contain_text("48 tokens in", timeout=2 * MINUTES)
+    expect(state(page)).to_contain_text("1536 tokens in", timeout=MINUTES)
+    assert answer(page, "base").inner_text()[:16] != answer(second, "base").inner_text()[:16]
+    second.context.close()
+
+
+def test_a_closed_tab_gives_the_model_up(browser, page, tiny_app):
+    leaving = browser.new_context().new_page()
+    open_page(leaving, tiny_app)
+    choose_length(leaving, 512)
+    ask(leaving, "first?")
+    expect(leaving.locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
+    leaving.context.close()
+    open_page(page, tiny_app)
+    choose_length(page, 8)
+    ask(page, "second?")
+    expect(state(page)).to_contain_text("24 tokens in", timeout=6_000)  # 512 tokens would take longer
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<img src=x onerror=alert(1)><b>bold</b>", "${1+1} {{value}} `x`", "为什么天空是蓝色的？", "لماذا السماء زرقاء؟"],
+)
+def test_any_prompt_is_shown_safely(page, tiny_app, prompt):
+    page.on("dialog", lambda dialog: pytest.fail("a prompt became script"))
+    open_page(page, tiny_app)
+    choose_length(page, 8)
+    ask(page, prompt)
+    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    assert page.locator("#prompt textarea").input_value() == prompt
+    assert page.locator(".gradio-container img[src=x], #answer-base b").count() == 0
+
+
+@pytest.mark.parametrize(("prompt", "sentence"), [("", "prompt is empty"), ("word " * 3000, "too long")])
+def test_a_prompt_that_cannot_be_answered_is_told_so_in_place(page, tiny_app, prompt, sentence):
+    open_page(page, tiny_app)
+    page.fill("#prompt textarea", prompt)
+    page.click("#ask")
+    expect(page.locator("#state [role=alert]")).to_contain_text(sentence, timeout=MINUTES)
+    expect(page.locator("#ask")).to_be_enabled()
+
+
+def test_a_preference_with_one_method_has_one_line(page, tiny_app):
+    open_page(page, tiny_app)
+    page.locator("#preference").get_by_label("Business").check()
+    choose_length(page, 8)
+    ask(page, "why?")
+    expect(state(page)).to_contain_text("16 tokens in", timeout=MINUTES)
+    expect(page.locator("#chart .scatterlayer .trace")).to_have_count(1)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_scrolls_one_way_only(browser, tiny_app, scheme):
+    context = browser.new_context(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page = context.new_page()
+    open_page(page, tiny_app)
+    choose_length(page, 8)
+    ask(page, "why?")
+    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = [page.locator(f"#answer-{name}").bounding_box() for name in NAMES]
+    assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"], "columns stack"
+    context.close()
+
+
+def test_the_keyboard_reaches_everything(page, tiny_app):
+    open_page(page, tiny_app)
+    page.keyboard.type("why?")  # the prompt has the focus
+    assert page.locator("#prompt textarea").input_value() == "why?"
+    reached = []
+    for _ in range(16):
+        page.keyboard.press("Tab")
+        reached.append(
+            page.evaluate("(e => e.innerText || e.getAttribute('type') || e.tagName)(document.activeElement)")
+        )
+    assert "Ask" in reached
+    assert "radio" in reached
