@@ -22,7 +22,11 @@ def main() -> int:
     except BapoError as error:
         print(f"bapo: {error}", file=sys.stderr)
         return 2
-    launch(page, settings.host, settings.port)
+    try:
+        launch(page, settings.host, settings.port)
+    except OSError as error:
+        print(f"bapo: {error} Set BAPO_PORT to a free port.", file=sys.stderr)
+        return 2
     return 0
 
 

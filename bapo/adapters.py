@@ -83,15 +83,13 @@ class AdapterStore:
 
     def adapters(self) -> list[Adapter]:
         """Every adapter that fits the base, by name. What does not fit is in `refused`."""
-        return [
-            Adapter(folder, AdapterCard.read(folder), (folder / WEIGHTS).stat().st_mtime_ns)
-            for folder in self._folders()
-            if self.fault(folder) is None
-        ]
+        found = [self._inspect(folder) for folder in self._folders()]
+        return [adapter for adapter in found if isinstance(adapter, Adapter)]
 
     def refused(self) -> dict[str, str]:
         """Adapter folders that are not offered, each with the reason."""
-        return {folder.name: fault for folder in self._folders() if (fault := self.fault(folder))}
+        found = {folder.name: self._inspect(folder) for folder in self._folders()}
+        return {name: fault for name, fault in found.items() if isinstance(fault, str)}
 
     def by_preference(self) -> dict[str, dict[str, Adapter]]:
         """preference id → method → adapter."""
@@ -121,36 +119,41 @@ class AdapterStore:
         return self.folder / adapter_name(preference, method)
 
     def install(self, scratch: Path, card: AdapterCard) -> Path:
-        """Move a finished adapter folder into place in one rename, replacing an earlier one of that name."""
+        """Move a finished adapter folder into place in one rename; an earlier one of that name makes room first."""
         card.write(scratch)
-        if fault := self.fault(scratch):
+        if isinstance(fault := self._inspect(scratch), str):
             raise BapoError(f"The adapter was not installed: {fault}.")
         target = self.place(card.preference, card.method)
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.exists():
             former = target.with_name(f".{target.name}.former-{os.getpid()}")
             target.rename(former)
-            scratch.rename(target)
+            try:
+                scratch.rename(target)
+            except OSError:
+                former.rename(target)
+                raise
             shutil.rmtree(former)
         else:
             scratch.rename(target)
         return target
 
-    def fault(self, folder: Path) -> str | None:
-        """Why the folder cannot be used with this base, or None."""
+    def _inspect(self, folder: Path) -> Adapter | str:
+        """The adapter in a folder, or why it cannot be used with this base."""
         for name in (CONFIG, WEIGHTS, CARD):
             if not (folder / name).is_file():
                 return f"{name} is missing"
         try:
-            config = json.loads((folder / CONFIG).read_text())
-            card = AdapterCard.read(folder)
-        except (ValueError, TypeError, KeyError, AttributeError):
+            kind = json.loads((folder / CONFIG).read_text()).get("peft_type")
+            adapter = Adapter(folder, AdapterCard.read(folder), (folder / WEIGHTS).stat().st_mtime_ns)
+        except (ValueError, TypeError, KeyError, AttributeError, OSError):
             return f"{CONFIG} or {CARD} is not what it should be"
-        if config.get("peft_type") != "LORA":
-            return f"it is a {config.get('peft_type')} adapter; only LoRA is supported"
+        if kind != "LORA":
+            return f"it is a {kind} adapter; only LoRA is supported"
+        card = adapter.card
         if card.base_fingerprint != self.base_fingerprint:
             return f"it was trained on another base ({card.base}, fingerprint {card.base_fingerprint[:12]})"
-        return None
+        return adapter
 
     def _folders(self) -> Iterator[Path]:
         if self.folder.is_dir():

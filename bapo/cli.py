@@ -7,9 +7,8 @@ import sys
 from dataclasses import fields, replace
 from pathlib import Path
 
-# Before the libraries are imported: a terminal wants results, not their progress bars and advice.
+# Before the libraries are imported: a terminal wants results, not their advice.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from tqdm import tqdm
 
@@ -29,12 +28,15 @@ def main(arguments: list[str] | None = None) -> int:
     except BapoError as error:
         print(f"bapo: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        print(f"bapo: {error}. Free space there, or point BAPO_CACHE and BAPO_ADAPTERS elsewhere.", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nbapo: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `… | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def compare_command(args: argparse.Namespace, settings: Settings) -> int:
@@ -137,6 +139,7 @@ def fetch_command(args: argparse.Namespace, settings: Settings) -> int:
     from bapo.inference.fingerprint import fingerprint
 
     name = settings.base or default_preset(settings)
+    print(f"fetching {name}, if it is not here yet …", file=sys.stderr)
     folder = find_folder(name, settings)
     print(f"{name} is ready, fingerprint {fingerprint(folder, settings.cache)[:12]}")
     return 0

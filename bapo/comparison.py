@@ -1,15 +1,20 @@
 """One prompt under the base, DPO and BAPO: a stream of frames. Knows an engine, no torch."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 from bapo.adapters import Adapter
 from bapo.evaluation import BASE, Drift, PairLogps, mean_drift, reward_accuracy
-from bapo.inference.decoding import Sampling
-from bapo.inference.engine import LocalEngine, Piece
 from bapo.pairs import Pair
+
+if TYPE_CHECKING:  # another engine, a server say, will stand behind the same calls
+    from bapo.inference.decoding import Sampling
+    from bapo.inference.engine import LocalEngine, Piece
 
 FRAME_SECONDS = 0.1  # a page gains nothing from more frames than this
 METHODS = ("dpo", "bapo")  # the policies compared with the base, in the order they are shown
@@ -119,13 +124,14 @@ def compare(engine: LocalEngine, prompt: str, preference: str, sampling: Samplin
 
     Raises `BapoError` where the prompt or the preference cannot be used.
     """
-    engine.check_prompt(prompt)
+    engine.check(prompt, sampling)
     found = engine.store.for_preference(preference)
     methods = [method for method in METHODS if method in found]
     frame = Frame(preference, engine.base_name)
     with engine.turns.ticket() as ticket:
         while not ticket.wait(0.5):
             yield Frame(preference, engine.base_name, ahead=ticket.ahead)
+        yield frame  # a long prompt takes a while: say that it is being worked on, so that it can be stopped
         run = _Run(methods, [Answer(name) for name in (BASE, *methods)])
         adapters: list[Adapter | None] = [None, *(found[method] for method in methods)]
         # The last rows are fed the base's tokens under each adapter: their log-probs are the drift.
@@ -148,7 +154,12 @@ def _frame(frame: Frame, run: _Run, seconds: float, done: bool = False) -> Frame
     return Frame(frame.preference, frame.base, answers, tuple(run.base_tokens), 0, seconds, done)
 
 
-def score_pairs(engine: LocalEngine, pairs: Sequence[Pair], preference: str, progress=lambda done, total: None) -> dict:
+def score_pairs(
+    engine: LocalEngine,
+    pairs: Sequence[Pair],
+    preference: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict:
     """Log-probs of chosen, rejected and base response of every pair under base, DPO and BAPO.
 
     Returns a JSON-ready dict: `pairs` (one entry each), `reward_accuracy` over pairs and `drift`

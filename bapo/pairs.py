@@ -140,8 +140,8 @@ def usable_pairs(path: Path) -> list[Pair]:
     if report.problems:
         first = "; ".join(str(problem) for problem in report.problems[:3])
         raise BapoError(
-            f"{path.name} has {len(report.problems)} faulty rows ({first}). "
-            f"See them all with: python -m bapo pairs check {path.name}"
+            f"{path.name} has {len({problem.row for problem in report.problems})} faulty rows ({first}). "
+            f"See them all with: python -m bapo pairs check {path}"
         )
     if not report.pairs:
         raise BapoError(f"{path.name} holds no pairs; expected JSON lines with {', '.join(COLUMNS)}.")

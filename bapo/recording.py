@@ -1,12 +1,15 @@
 """The comparison that the page opens with: recorded from this very base and these very adapters."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from bapo.comparison import METHODS, Answer, BaseToken, Frame
 from bapo.evaluation import BASE
 from bapo.inference.engine import LocalEngine
+
+logger = logging.getLogger(__name__)
 
 RECORDING = Path(__file__).parent / "data" / "recorded_comparison.json"
 
@@ -21,10 +24,13 @@ def recorded_frame(engine: LocalEngine, file: Path = RECORDING) -> Recording | N
     """The recording, or None where it was not made with this base and the adapters that are here now."""
     if not file.exists():
         return None
-    record = json.loads(file.read_text(encoding="utf-8"))
-    if record["made_with"] != made_with(engine, record["preference"]):
-        return None
-    return Recording(record["prompt"], _frame(record))
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["made_with"] == made_with(engine, record["preference"]):
+            return Recording(record["prompt"], _frame(record))
+    except (ValueError, KeyError, TypeError):
+        logger.warning("%s is no recording; the page opens without one", file.name)
+    return None
 
 
 def record(prompt: str, frame: Frame, engine: LocalEngine) -> dict:
@@ -38,7 +44,7 @@ def made_with(engine: LocalEngine, preference: str) -> dict[str, str]:
     """Identifies the base and the adapters behind a comparison."""
     adapters = engine.store.by_preference().get(preference, {})
     hashes = {method: adapters[method].sha256 for method in METHODS if method in adapters}
-    return {BASE: engine.base.fingerprint, **hashes}
+    return {BASE: engine.base.cache_key, **hashes}
 
 
 def _frame(record: dict) -> Frame:

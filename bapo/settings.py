@@ -25,9 +25,8 @@ class Settings:
     cache: Path = field(default_factory=_user_cache)
     adapters: Path = REPOSITORY / "adapters"
     precision: str = "nf4"
-    # A Space sets gradio's own variables to be reached from outside.
-    host: str = field(default_factory=lambda: os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1")
-    port: int = field(default_factory=lambda: int(os.environ.get("GRADIO_SERVER_PORT") or 7860))
+    host: str = "127.0.0.1"
+    port: int = 7860
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 512
     resident_adapters: int = 8
@@ -38,11 +37,16 @@ class Settings:
         for name in ("port", "max_prompt_tokens", "max_new_tokens", "resident_adapters"):
             if getattr(self, name) < 1:
                 raise BapoError(f"BAPO_{name.upper()} must be 1 or more, not {getattr(self, name)}.")
+        if self.port > 65535:
+            raise BapoError(f"BAPO_PORT must be 65535 or less, not {self.port}.")
 
     @classmethod
     def from_environment(cls) -> "Settings":
         """Read `BAPO_BASE`, `BAPO_CACHE`, `BAPO_ADAPTERS`, … ; what is unset keeps its default."""
         given = {name: os.environ.get(f"BAPO_{name.upper()}") for name in cls.__dataclass_fields__}
+        # A Space sets gradio's own variables to be reached from outside.
+        given["host"] = given["host"] or os.environ.get("GRADIO_SERVER_NAME")
+        given["port"] = given["port"] or os.environ.get("GRADIO_SERVER_PORT")
         values: dict = {name: value for name, value in given.items() if value}
         for name in ("cache", "adapters"):
             if name in values:

@@ -1,7 +1,11 @@
 """Fixtures: tiny bases loaded through the app's own code, an engine over each, and the embedded base."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
+
+# Before torch is imported: the tests compare with float32 on the CPU, also where there is a GPU.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 

@@ -49,6 +49,10 @@ def spoil_type(folder):
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
 
 
+def spoil_config(folder):
+    (folder / "adapter_config.json").write_text("[]")
+
+
 def spoil_base(folder):
     card = json.loads((folder / "bapo.json").read_text())
     (folder / "bapo.json").write_text(json.dumps({**card, "base_fingerprint": "another"}))
@@ -60,6 +64,7 @@ def spoil_base(folder):
         (spoil_missing, "adapter_model.safetensors is missing"),
         (spoil_pickle, "adapter_model.safetensors is missing"),
         (spoil_card, "not what it should be"),
+        (spoil_config, "not what it should be"),
         (spoil_type, "only LoRA is supported"),
         (spoil_base, "trained on another base"),
     ],

@@ -4,6 +4,7 @@ import errno
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from bapo.errors import BapoError
 from bapo.inference import base as base_module
-from bapo.inference.base import EMBEDDED, PRESETS, default_preset, find_folder, load_arguments, load_base
+from bapo.inference.base import EMBEDDED, PRESETS, default_preset, find_folder, folder_name, load_arguments, load_base
 from bapo.inference.fingerprint import compute_fingerprint, fingerprint
 from tests.tiny import END_OF_TURN, byte_tokenizer
 
@@ -39,6 +40,8 @@ def test_the_base_is_frozen_and_named_without_its_path(tiny_base, architecture):
     assert not any(parameter.requires_grad for parameter in tiny_base.model.parameters())
     assert not tiny_base.model.training
     assert tiny_base.model.dtype == torch.float32
+    assert tiny_base.cache_key == f"{tiny_base.fingerprint}-float32"
+    assert folder_name(".") == Path.cwd().name
 
 
 def test_gemma_ties_its_embeddings_and_phi3_fuses_its_projections(tiny_folders, settings):

@@ -1,5 +1,7 @@
 """Comparing and scoring as services: frames, drift, and one visitor after another."""
 
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 
@@ -12,8 +14,10 @@ from bapo.errors import BapoError
 from bapo.evaluation import Drift, PairLogps, mean_drift, reward_accuracy
 from bapo.inference.base import load_base
 from bapo.inference.decoding import Sampling
+from bapo.inference.detokenizer import Detokenizer
 from bapo.inference.turns import Turns
 from bapo.pairs import Pair
+from bapo.settings import REPOSITORY
 from tests.tiny import logps_apart
 
 SHORT = Sampling(max_new_tokens=12)
@@ -21,6 +25,11 @@ SHORT = Sampling(max_new_tokens=12)
 
 def last_frame(engine, prompt="why?", preference="P2A", sampling=SHORT) -> Frame:
     return list(compare(engine, prompt, preference, sampling))[-1]
+
+
+def test_comparing_knows_no_torch():
+    code = "import bapo.comparison, bapo.ui.texts, sys; assert not {'torch', 'gradio'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=REPOSITORY)
 
 
 def test_drift_by_hand():
@@ -75,11 +84,21 @@ def test_drift_equals_plain_peft_teacher_forced(tiny_engine, tiny_folders, archi
     assert frame.drift("dpo").nats == pytest.approx(under_base - under_dpo, abs=1e-3)
 
 
-def test_streamed_text_keeps_characters_of_several_bytes_whole(tiny_engine):
-    # The random models talk in raw bytes: what is complete is shown, what is not waits.
-    for frame in compare(tiny_engine, "你好", "P2A", Sampling(max_new_tokens=40, temperature=1.5, seed=1)):
-        for answer in frame.answers:
-            answer.text.encode("utf-8")
+def test_streamed_text_is_the_whole_text_with_characters_kept_whole(llama_base):
+    text = "héllo 你好, 🙂 and  two spaces\n"
+    ids = llama_base.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(ids) > len(text), "some characters take several tokens"
+    detokenizer = Detokenizer(llama_base.tokenizer)
+    pieces = [detokenizer.push(token, last=i == len(ids)) for i, token in enumerate(ids, start=1)]
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_streamed_text_survives_bytes_that_are_no_text(llama_base):
+    ids = llama_base.tokenizer("é", add_special_tokens=False)["input_ids"][:1]
+    detokenizer = Detokenizer(llama_base.tokenizer)
+    assert detokenizer.push(ids[0], last=False) == ""
+    assert detokenizer.push(ids[0], last=True) == "\ufffd\ufffd"
 
 
 def test_changing_the_preference_changes_the_adapters_alone(tiny_engine):
@@ -97,6 +116,14 @@ def test_changing_the_preference_changes_the_adapters_alone(tiny_engine):
 def test_prompts_that_cannot_be_answered(tiny_engine, prompt, sentence):
     with pytest.raises(BapoError, match=sentence):
         last_frame(tiny_engine, prompt)
+
+
+def test_answers_that_would_be_too_long(tiny_engine, settings):
+    with pytest.raises(BapoError, match="600 tokens is too long: at most 512"):
+        last_frame(tiny_engine, sampling=Sampling(max_new_tokens=600))
+    tiny_engine.base.model.config.max_position_embeddings = 64
+    with pytest.raises(BapoError, match="at most 52 tokens fit"):
+        last_frame(tiny_engine, "x" * 60)
 
 
 def test_the_second_visitor_is_told_to_wait_and_gets_its_own_text(tiny_engine):
@@ -118,8 +145,10 @@ def test_the_second_visitor_is_told_to_wait_and_gets_its_own_text(tiny_engine):
 def test_a_visitor_who_leaves_gives_the_model_up(tiny_engine):
     stream = compare(tiny_engine, "one", "P2A", Sampling(max_new_tokens=200))
     next(stream)
-    stream.close()
-    assert last_frame(tiny_engine, "two").done
+    with tiny_engine.turns.ticket() as ticket:
+        assert ticket.ahead == 1
+        stream.close()
+        assert ticket.wait(0)
 
 
 def test_turns_are_taken_in_order():

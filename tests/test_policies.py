@@ -2,9 +2,11 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from bapo.adapters import AdapterStore
+from bapo.errors import BapoError
 from bapo.inference.base import load_base
 from bapo.inference.base_responses import base_responses
 from bapo.inference.policies import Policies
@@ -65,6 +67,19 @@ def test_an_adapter_trained_again_replaces_the_one_in_memory(tiny_folders, llama
         policies.require(store.adapters())
         answers.append(logits(policies, ["P2A-dpo"], ids))
     assert not torch.allclose(*answers, atol=0.1)
+
+
+def test_a_damaged_adapter_is_a_sentence_and_the_others_go_on(tiny_engine):
+    by_name = {adapter.name: adapter for adapter in tiny_engine.store.adapters()}
+    (by_name["P2A-dpo"].folder / "adapter_model.safetensors").write_bytes(b"damaged")
+    policies = Policies(tiny_engine.base, limit=4)
+    policies.require([by_name["P2A-bapo"]])
+    for _ in range(2):
+        with pytest.raises(BapoError, match="P2A-dpo cannot be loaded.*train it again"):
+            policies.require([by_name["P2A-dpo"]])
+    ids = tiny_engine.base.encode_prompt("hello")
+    assert policies.resident == ["P2A-bapo"]
+    assert logits(policies, ["P2A-bapo"], ids).isfinite().all()
 
 
 def test_cached_base_responses_are_the_greedy_ones(tiny_base, settings):

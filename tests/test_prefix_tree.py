@@ -20,7 +20,7 @@ def test_a_tree_by_hand():
 
 
 def test_stacked_trees_number_their_branches_and_see_only_their_own():
-    batch = stack_trees([PromptTree.grow([1, 2], [[10], [20]]), PromptTree.grow([1], [[30, 31]])], pad_token_id=0)
+    batch = stack_trees([PromptTree.grow([1, 2], [[10], [20]]), PromptTree.grow([1], [[30, 31]])])
     assert batch["branches"].tolist() == [[-1, 0, 1], [2, 2, -1]]
     assert batch["visible"][0, 0].tolist() == [[True, False, False], [True, True, False], [True, False, True]]
     assert batch["visible"][1, 0].tolist()[:2] == [[True, False, False], [True, True, False]]
@@ -71,7 +71,7 @@ def test_a_token_changed_in_one_branch_changes_no_other(llama_base):
 def test_several_trees_in_a_batch_equal_each_alone(tiny_base):
     model = tiny_base.model.double()
     groups = [(PROMPT, RESPONSES[:2]), ([7, 7], RESPONSES[2:])]
-    batch = stack_trees([PromptTree.grow(*group) for group in groups], pad_token_id=0)
+    batch = stack_trees([PromptTree.grow(*group) for group in groups])
     with torch.no_grad():
         together = branch_logps(model, tiny_base.head, batch)
     alone = torch.cat([response_logps(model, tiny_base.head, *group) for group in groups])

@@ -75,9 +75,9 @@ def tiny_model(architecture: str, tokenizer: PreTrainedTokenizerFast, longrope: 
         "initializer_range": 0.5,
     }
     if architecture == "llama":
-        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=512, tie_word_embeddings=True))
+        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True))
     if architecture == "gemma":
-        return GemmaForCausalLM(GemmaConfig(**sizes, head_dim=8, max_position_embeddings=512))
+        return GemmaForCausalLM(GemmaConfig(**sizes, head_dim=8, max_position_embeddings=4096))
     rope = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
     extra = {"rope_parameters": {**rope, "rope_theta": 10000.0}} if longrope else {}
     return Phi3ForCausalLM(

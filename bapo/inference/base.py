@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -15,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.logging import disable_progress_bar
 
 from bapo.errors import BapoError
 from bapo.inference.embedded import embedded_folder
@@ -39,16 +41,23 @@ MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja")
 class Base:
     """The untouched model π_ref with what is needed to talk to it.
 
-    `stop_ids` end an answer when generated; `end_of_turn` is the one that the chat template puts
-    behind an assistant's message.
+    `numerics` says how its weights are computed with ("float32", "bfloat16" or "nf4"): log-probs of
+    one are not those of another. `stop_ids` end an answer when generated; `end_of_turn` is the one
+    that the chat template puts behind an assistant's message.
     """
 
     name: str
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
+    numerics: str
     end_of_turn: int
     stop_ids: frozenset[int]
+
+    @property
+    def cache_key(self) -> str:
+        """Names what was computed with this base, on the disk."""
+        return f"{self.fingerprint}-{self.numerics}"
 
     @property
     def head(self) -> nn.Linear:
@@ -81,12 +90,14 @@ def load_base(settings: Settings) -> Base:
     folder = find_folder(name, settings)
     if not any(folder.glob("*.safetensors")):
         raise BapoError(f"{folder} holds no .safetensors weights; other formats are not loaded: they can run code.")
+    disable_progress_bar()  # local files take seconds
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, **load_arguments(folder, settings.precision))
+        arguments = load_arguments(folder, settings.precision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(folder, **arguments, trust_remote_code=False)
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise BapoError(_too_large(name)) from error
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise BapoError(f"The base in {folder} cannot be loaded: {error}. Expected a causal chat model.") from error
     if tokenizer.chat_template is None:
         raise BapoError(f"The base {name} has no chat template; choose an instruction-tuned (chat) model.")
@@ -94,13 +105,20 @@ def load_base(settings: Settings) -> Base:
     end_of_turn = _end_of_turn(tokenizer)
     return Base(
         # A folder goes by its own name: paths are the operator's business and appear on no page.
-        name=name if name in PRESETS else Path(name).name,
+        name=name if name in PRESETS else folder_name(name),
         model=model,
         tokenizer=tokenizer,
         fingerprint=fingerprint(folder, settings.cache),
+        numerics="nf4" if "quantization_config" in arguments else str(arguments["dtype"]).removeprefix("torch."),
         end_of_turn=end_of_turn,
         stop_ids=frozenset({end_of_turn} | _ids(tokenizer.eos_token_id) | _ids(model.generation_config.eos_token_id)),
     )
+
+
+def folder_name(name: str) -> str:
+    """The last part of a folder's path or of a hub id."""
+    path = Path(name).expanduser()
+    return (path.resolve() if path.is_dir() else path).name
 
 
 def default_preset(settings: Settings) -> str:
@@ -184,7 +202,7 @@ def load_arguments(folder: Path, precision: str) -> dict:
     for dtype in (torch.float32, torch.bfloat16):
         if parameters * dtype.itemsize < free:
             return {"dtype": dtype}
-    raise BapoError(_too_large(folder.name))
+    raise MemoryError
 
 
 def _bytes_per_weight(folder: Path) -> int:

@@ -32,10 +32,10 @@ def base_responses(
 ) -> dict[str, BaseResponse]:
     """The base response of every prompt, from the disk where it was generated before.
 
-    The cache is keyed by the base's fingerprint, the token limit and the prompt. `progress` is told
+    The cache is keyed by the base and its numerics, the token limit and the prompt. `progress` is told
     (prompts done, prompts in all). `base.model` must answer as the base: no adapter may be active.
     """
-    known = DiskCache(cache / "base-responses" / base.fingerprint)
+    known = DiskCache(cache / "base-responses" / base.cache_key)
     keys = {prompt: [prompt, max_tokens] for prompt in prompts}
     # Alike lengths share a batch, so that little is padded.
     missing = sorted(
@@ -65,6 +65,9 @@ def _generate(base: Base, prompts: list[str], max_tokens: int) -> list[BaseRespo
         max_new_tokens=max_tokens,
         eos_token_id=sorted(base.stop_ids),
         pad_token_id=pad,
+        # Whatever the model's own generation_config says: y_b is the plain argmax.
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
     )
     return [_response(base, row) for row in output[:, width:].tolist()]
 

@@ -34,6 +34,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise BapoError(f"The answer's length must be 1 token or more, not {self.max_new_tokens}.")
+        if not 0 <= self.seed < 2**63:
+            raise BapoError(f"The seed must lie between 0 and 2⁶³, not {self.seed}.")
         if not 0 <= self.temperature <= 5:
             raise BapoError(f"The temperature must lie between 0 and 5, not {self.temperature}.")
         if not 0 < self.top_p <= 1:

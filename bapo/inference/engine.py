@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from tokenizers.decoders import DecodeStream
-
 from bapo.adapters import Adapter, AdapterStore
 from bapo.errors import BapoError
 from bapo.inference.base import Base, load_base
 from bapo.inference.base_responses import BaseResponse, base_responses
 from bapo.inference.decoding import Row, Sampling, decode
+from bapo.inference.detokenizer import Detokenizer
 from bapo.inference.policies import Policies
 from bapo.inference.scoring import response_logps
 from bapo.inference.turns import Turns
@@ -54,11 +53,19 @@ class LocalEngine:
         """Names of the adapters in memory."""
         return self._policies.resident
 
-    def check_prompt(self, prompt: str) -> None:
-        """Raise a `BapoError` where the prompt is empty or too long."""
+    def check(self, prompt: str, sampling: Sampling) -> None:
+        """Raise a `BapoError` where the prompt is empty, or prompt or answer would be too long."""
         if not prompt.strip():
             raise BapoError("The prompt is empty. Type a question or an instruction first.")
+        if sampling.max_new_tokens > self.settings.max_new_tokens:
+            raise BapoError(
+                f"An answer of {sampling.max_new_tokens} tokens is too long: at most {self.settings.max_new_tokens} "
+                "are allowed here (BAPO_MAX_NEW_TOKENS)."
+            )
+        context = getattr(self.base.model.config, "max_position_embeddings", None)
         limit = self.settings.max_prompt_tokens
+        if context is not None:
+            limit = min(limit, context - sampling.max_new_tokens)
         # A token is at least one byte, most are several: no need to tokenise a book to refuse it.
         count = len(self.base.encode_prompt(prompt)) if len(prompt) < 20 * limit else None
         if count is None or count > limit:
@@ -69,15 +76,14 @@ class LocalEngine:
         self, prompt: str, adapters: Sequence[Adapter | None], follows: Sequence[int | None], sampling: Sampling
     ) -> Iterator[list[Piece]]:
         """Stream one row per entry of `adapters` (None is the base); see `bapo.inference.decoding`."""
-        self._policies.require(adapter for adapter in adapters if adapter)
+        self._policies.require(adapters)
         rows = [
             Row(adapter.name if adapter else None, leader) for adapter, leader in zip(adapters, follows, strict=True)
         ]
-        streams = [DecodeStream(skip_special_tokens=True) for _ in rows]
-        tokenizer = self.base.tokenizer._tokenizer  # the Rust tokenizer, which DecodeStream asks for
+        texts = [Detokenizer(self.base.tokenizer) for _ in rows]
         for step in decode(self._policies, self.base.encode_prompt(prompt), rows, sampling):
             yield [
-                Piece(token.row, streams[token.row].step(tokenizer, token.token_id) or "", token.logp, token.last)
+                Piece(token.row, texts[token.row].push(token.token_id, token.last), token.logp, token.last)
                 for token in step
             ]
 
@@ -85,7 +91,7 @@ class LocalEngine:
         self, prompt: str, responses: Sequence[list[int]], adapters: Sequence[Adapter | None]
     ) -> list[list[float]]:
         """Log-probs (nats, summed) of tokenised responses: one list per adapter, None is the base."""
-        self._policies.require(adapter for adapter in adapters if adapter)
+        self._policies.require(adapters)
         prompt_ids = self.base.encode_prompt(prompt)
         scores = []
         for adapter in adapters:

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from bapo.adapters import Adapter
+from bapo.errors import BapoError
 from bapo.inference.base import Base
 
 PEFT_BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
@@ -30,16 +32,15 @@ class Policies:
         """Names of the adapters in memory, least recently used first."""
         return list(self._resident)
 
-    def require(self, adapters: Iterable[Adapter]) -> None:
-        """Load what is not in memory yet. One call's adapters stay, even beyond the limit."""
-        adapters = list(adapters)
-        for adapter in adapters:
-            if self._resident.get(adapter.name) != adapter:  # new, or trained again since
+    def require(self, adapters: Iterable[Adapter | None]) -> None:
+        """Load what is not in memory yet; None is the base. One call's adapters stay, even beyond the limit."""
+        wanted = {adapter.name: adapter for adapter in adapters if adapter}
+        for name, adapter in wanted.items():
+            if self._resident.get(name) != adapter:  # new, or trained again since
                 self._load(adapter)
-            self._resident.move_to_end(adapter.name)
-        while self._model is not None and len(self._resident) > max(self.limit, len(adapters)):
-            name, _ = self._resident.popitem(last=False)
-            self._model.delete_adapter(name)
+            self._resident.move_to_end(name)
+        while len(self._resident) > max(self.limit, len(wanted)):
+            self._drop(next(iter(self._resident)))
 
     def forward(self, names: Sequence[str | None], **inputs):
         """One forward pass; row i runs under the adapter `names[i]`, or as the base where it is None."""
@@ -58,13 +59,24 @@ class Policies:
 
     def _load(self, adapter: Adapter) -> None:
         device = str(self.base.model.device)
-        if self._model is None:
-            self._model = PeftModel.from_pretrained(
-                self.base.model, adapter.folder, adapter_name=adapter.name, torch_device=device
-            )
-        else:
-            if adapter.name in self._resident:
-                self._model.delete_adapter(adapter.name)
-            self._model.load_adapter(adapter.folder, adapter_name=adapter.name, torch_device=device)
+        try:
+            if self._model is None:
+                self._model = PeftModel.from_pretrained(
+                    self.base.model, adapter.folder, adapter_name=adapter.name, torch_device=device
+                )
+            else:
+                self._drop(adapter.name)
+                self._model.load_adapter(adapter.folder, adapter_name=adapter.name, torch_device=device)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            self._drop(adapter.name)
+            raise BapoError(
+                f"The adapter {adapter.name} cannot be loaded: its files are damaged or do not fit the base. "
+                f"Remove {adapter.folder.name} and train it again."
+            ) from error
         self._model.eval()
         self._resident[adapter.name] = adapter
+
+    def _drop(self, name: str) -> None:
+        self._resident.pop(name, None)
+        if self._model is not None and name in self._model.peft_config:
+            self._model.delete_adapter(name)

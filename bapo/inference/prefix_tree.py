@@ -47,12 +47,13 @@ class PromptTree:
         return len(self.token_ids)
 
 
-def stack_trees(trees: Sequence[PromptTree], pad_token_id: int) -> dict[str, Tensor]:
+def stack_trees(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
     """Trees as one batch, padded on the right to the longest.
 
     Returns `input_ids`, `position_ids`, `labels` and `branches`, each of shape [trees, length], and
     `visible`, the attention pattern, boolean of shape [trees, 1, length, length]. `branches` numbers
-    the branches through the whole batch; prefix and padding hold −1.
+    the branches through the whole batch; prefix and padding hold −1. Padding is told by its place,
+    never by its token id, so any id will do.
     """
     length = max(map(len, trees))
 
@@ -63,7 +64,7 @@ def stack_trees(trees: Sequence[PromptTree], pad_token_id: int) -> dict[str, Ten
     branch_counts = torch.tensor([max(tree.branches) + 1 for tree in trees])
     first = (branch_counts.cumsum(0) - branch_counts).unsqueeze(1)
     return {
-        "input_ids": padded([tree.token_ids for tree in trees], pad_token_id),
+        "input_ids": padded([tree.token_ids for tree in trees], 0),
         "position_ids": padded([tree.positions for tree in trees], 0),
         "labels": padded([tree.labels for tree in trees], IGNORED),
         "branches": torch.where(local == PREFIX, PREFIX, local + first),

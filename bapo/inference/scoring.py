@@ -17,7 +17,7 @@ def response_logps(
 
     `forward` is a causal language model or a policy's forward pass, `head` its vocabulary projection.
     """
-    tree = stack_trees([PromptTree.grow(prompt_ids, responses)], pad_token_id=0)
+    tree = stack_trees([PromptTree.grow(prompt_ids, responses)])
     return branch_logps(forward, head, {name: value.to(head.weight.device) for name, value in tree.items()})
 
 

@@ -1,6 +1,7 @@
 """A training plan carried out, from pairs to an installed adapter."""
 
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -58,9 +59,9 @@ class TrainingPlan:
         if self.method not in METHODS:
             raise BapoError(f"There is no method {self.method!r}; choose one of {', '.join(METHODS)}.")
         for name in ("beta", "learning_rate", "epochs", "batch_size", "rank", "alpha", "max_response_tokens"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise BapoError(f"{name} must be above 0, not {getattr(self, name)}.")
-        if self.lambda_ < 0:
+        if not 0 <= self.lambda_ < math.inf:
             raise BapoError(f"lambda must be 0 or more, not {self.lambda_}.")
         if not 0 <= self.held_out_share < 1:
             raise BapoError(f"The held-out share must lie in [0, 1), not {self.held_out_share}.")
@@ -99,7 +100,7 @@ def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings,
     clock = _PhaseClock(tell)
     prompts = [pair.prompt for pair in [*training, *held_out]]
     answers = base_responses(base, prompts, settings.cache, progress=lambda *at: clock.tell("base responses", *at))
-    known = DiskCache(settings.cache / "reference-logps" / base.fingerprint)
+    known = DiskCache(settings.cache / "reference-logps" / base.cache_key)
     rows = _reference_rows(plan, base, [*training, *held_out], answers, known, clock)
 
     store.folder.mkdir(parents=True, exist_ok=True)

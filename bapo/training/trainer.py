@@ -9,7 +9,7 @@ from trl import DPOConfig, DPOTrainer
 
 from bapo.inference.scoring import branch_logps
 from bapo.training.objectives import METHODS, Logps, anchor, margins
-from bapo.training.packing import PackedPairCollator
+from bapo.training.packing import collate_packed_pairs
 
 COLUMNS = [
     *("prompt_ids", "chosen_ids", "rejected_ids", "base_ids"),
@@ -34,8 +34,9 @@ class BAPOTrainer(DPOTrainer):
         self.objective = METHODS[method]
         self.lambda_ = lambda_
         args.remove_unused_columns = False  # the collator reads every column
-        collator = PackedPairCollator(processing_class.pad_token_id)
-        super().__init__(model, args=args, data_collator=collator, processing_class=processing_class, **kwargs)
+        super().__init__(
+            model, args=args, data_collator=collate_packed_pairs, processing_class=processing_class, **kwargs
+        )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         missing = [column for column in COLUMNS if column not in dataset.column_names]

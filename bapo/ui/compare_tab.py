@@ -1,6 +1,8 @@
 """The Compare tab: one question, three answers side by side, and what the taste cost."""
 
+import logging
 from collections.abc import Iterator
+from dataclasses import replace
 
 import gradio as gr
 
@@ -14,6 +16,8 @@ from bapo.recording import recorded_frame
 from bapo.ui import texts
 from bapo.ui.charts import NAMES, drift_figure
 
+logger = logging.getLogger(__name__)
+
 EXAMPLES = (
     "Why do leaves change colour in autumn?",
     "Plan a rainy Sunday at home.",
@@ -24,13 +28,12 @@ CHART_SECONDS = 0.4  # plotly redraws the whole figure: more often than this it 
 VISITORS = 32  # those beyond wait in gradio's queue, unseen; those within are told their place
 
 
-def build_compare_tab(engine: LocalEngine) -> None:
-    """Build the tab inside the current `gr.Blocks`."""
-    offered = [preference for preference in CATALOGUE if preference in engine.store.by_preference()]
-    offered += [preference for preference in engine.store.by_preference() if preference not in CATALOGUE]
+def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
+    """Build the tab inside `page`, which is the current `gr.Blocks`."""
+    offered = _offered(engine)
     recording = recorded_frame(engine)
     first = recording.frame if recording else None
-    start = first.preference if first else (offered[0] if offered else None)
+    start = first.preference if first else (offered[0][1] if offered else None)
     views = _views(first, METHODS[0])
 
     last_frame = gr.State(first)
@@ -50,7 +53,7 @@ def build_compare_tab(engine: LocalEngine) -> None:
     with gr.Row(elem_classes="bapo-examples"):
         examples = [gr.Button(text, size="sm", variant="secondary", min_width=60) for text in EXAMPLES]
     preference = gr.Radio(
-        [(texts.label(preference), preference) for preference in offered],
+        offered,
         value=start,
         label="Taste",
         elem_id="preference",
@@ -122,12 +125,17 @@ def build_compare_tab(engine: LocalEngine) -> None:
                 shown = _views(frame, method)
                 if not full:
                     shown = (*shown[:4], gr.skip(), gr.skip())
-                yield (*_buttons(idle=frame.done), texts.status(frame), frame, *shown)
+                yield (*_controls(idle=frame.done), texts.status(frame), frame, *shown)
         except BapoError as error:
-            yield (*_buttons(idle=True), texts.notice(str(error), "alert"), gr.skip(), *(gr.skip() for _ in views))
+            yield (*_controls(idle=True), texts.notice(str(error), "alert"), gr.skip(), *(gr.skip() for _ in views))
+        except (RuntimeError, MemoryError, OSError):  # out of memory, a device or a disk that failed
+            logger.exception("a comparison broke off")
+            message = "The model could not finish this answer. Ask again, with a shorter length or prompt."
+            yield (*_controls(idle=True), texts.notice(message, "alert"), gr.skip(), *(gr.skip() for _ in views))
 
     inputs = [prompt, preference, length, temperature, top_p, seed, method]
-    outputs = [ask, stop, state, last_frame, *panels, sentence, chart, strip]
+    controls = [ask, stop, method, *examples]
+    outputs = [*controls, state, last_frame, *panels, sentence, chart, strip]
     # A limit above one, so that those who wait do so in the engine's line, which tells them their place.
     shared = {
         "concurrency_id": "model",
@@ -141,17 +149,25 @@ def build_compare_tab(engine: LocalEngine) -> None:
         filled = button.click(lambda text=text: text, None, prompt, queue=False, api_visibility="private")
         runs.append(filled.then(answer, inputs, outputs, **shared))
 
-    def stopped(frame: Frame | None):
+    def stopped(frame: Frame | None, method: str):
         tokens = sum(answer.tokens for answer in frame.answers) if frame else 0
         message = texts.notice(f"Stopped after {tokens} tokens." if tokens else "Stopped.")
-        return (*_buttons(idle=True), message)
+        shown = _views(replace(frame, done=True) if frame else None, method)
+        return (*_controls(idle=True), message, *shown)
 
     # First cancel, then say so: a frame on its way would otherwise disable Ask again.
     cancelled = stop.click(None, cancels=runs, queue=False, api_visibility="private")
-    cancelled.then(stopped, last_frame, [ask, stop, state], queue=False, api_visibility="private")
+    cancelled.then(
+        stopped,
+        [last_frame, method],
+        [*controls, state, *panels, sentence, chart, strip],
+        queue=False,
+        api_visibility="private",
+    )
+    page.load(lambda: gr.update(choices=_offered(engine)), None, preference, queue=False, api_visibility="private")
     preference.change(texts.description, preference, about, queue=False, api_visibility="private")
     method.change(
-        lambda frame, method: _views(frame, method)[5],
+        texts.token_strip,
         [last_frame, method],
         strip,
         queue=False,
@@ -166,9 +182,10 @@ def build_compare_tab(engine: LocalEngine) -> None:
     gr.on(changes, as_command, options, command, queue=False, api_visibility="private", trigger_mode="always_last")
 
 
-def _buttons(idle: bool) -> tuple:
-    """Updates of (Ask, Stop)."""
-    return gr.update(interactive=idle), gr.update(interactive=not idle)
+def _controls(idle: bool) -> tuple:
+    """Updates of Ask, Stop, the token strip's adapter and the examples: one run at a time writes the page."""
+    others = [gr.update(interactive=idle) for _ in ("method", *EXAMPLES)]
+    return (gr.update(interactive=idle), gr.update(interactive=not idle), *others)
 
 
 def _views(frame: Frame | None, method: str) -> tuple:
@@ -178,11 +195,17 @@ def _views(frame: Frame | None, method: str) -> tuple:
     changes = {name: frame.logps_change(name) for name in frame.methods} if frame else {}
     tokens = frame.base_tokens if frame else ()
     chart = drift_figure(changes, [token.text for token in tokens])
-    strip = texts.token_strip(tokens, method) if method in changes else ""
-    return (*panels, texts.reading(frame), chart, strip)
+    return (*panels, texts.reading(frame), chart, texts.token_strip(frame, method))
 
 
-def _opening(offered: list[str], recorded: bool) -> str:
+def _offered(engine: LocalEngine) -> list[tuple[str, str]]:
+    """(label, preference id) of every taste that has an adapter, the catalogue's first."""
+    found = engine.store.by_preference()
+    ordered = [*(known for known in CATALOGUE if known in found), *(own for own in found if own not in CATALOGUE)]
+    return [(texts.label(preference), preference) for preference in ordered]
+
+
+def _opening(offered: list[tuple[str, str]], recorded: bool) -> str:
     if not offered:
         return texts.notice("No adapter fits this base yet. Train one: python -m bapo train --help", "alert")
     if recorded:

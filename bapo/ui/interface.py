@@ -1,5 +1,6 @@
 """The page: composes the tabs, the theme and the queue. Nothing is computed here."""
 
+from html import escape
 from pathlib import Path
 
 import gradio as gr
@@ -19,14 +20,13 @@ THEME = gr.themes.Base(
 
 def build_interface(engine: LocalEngine) -> gr.Blocks:
     """The whole page over one engine."""
-    count = len(engine.store.adapters())
     with gr.Blocks(title="BAPO: keep the taste, stop the forgetting", analytics_enabled=False) as page:
         gr.HTML(
-            "<header class='bapo-header'><h1>BAPO</h1><p>Fine-tune a model to a taste, and see what it forgets. "
-            f"</p><p class='bapo-faint'>base: {engine.base_name} · {count} adapters</p></header>"
+            "<header class='bapo-header'><h1>BAPO</h1><p>Fine-tune a model to a taste, and see what it forgets.</p>"
+            f"<p class='bapo-faint'>base: {escape(engine.base_name)} · {engine.base.numerics}</p></header>"
         )
         with gr.Tab("Compare"):
-            build_compare_tab(engine)
+            build_compare_tab(engine, page)
     return page.queue(max_size=64)
 
 

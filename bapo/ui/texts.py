@@ -18,10 +18,15 @@ TOLD_CHANGE = 0.05  # nats; smaller changes are not worth a number under the tok
 
 
 def answer_panel(name: str, answer: Answer | None, frame: Frame | None) -> str:
-    """One column: what a policy said, and what that took."""
+    """One column: what a policy said, and what that took; or that there is no such policy."""
     text = answer.text.strip() if answer else ""
     waiting = frame is not None and not frame.done
-    body = escape(text) if text else ('<span class="bapo-faint">…</span>' if waiting else "")
+    body = escape(text)
+    if frame and frame.answers and not answer:
+        missing = f"This taste has no {NAMES[name]} adapter for this base."
+        body = f'<span class="bapo-faint">{missing}</span>'
+    elif waiting and not text:
+        body = '<span class="bapo-faint">…</span>'
     writing = " bapo-writing" if answer and waiting and not answer.done else ""
     facts = []
     if answer and answer.tokens:
@@ -52,16 +57,18 @@ def reading(frame: Frame | None) -> str:
     return f'<p class="bapo-reading">{"; ".join(parts)}.</p>'
 
 
-def token_strip(tokens: tuple[BaseToken, ...], method: str) -> str:
+def token_strip(frame: Frame | None, method: str) -> str:
     """The base's answer; under each token its log-prob change in nats, behind it the same as a colour."""
+    if frame is None or method not in frame.methods:
+        return ""
     spans = []
-    for token, text in _merged(tokens):
+    for token, text in _merged(frame.base_tokens):
         change = sum(part.change(method) for part in token)
         strength = 0.6 * min(abs(change) / 3, 1)  # strongest from e³ on, and still readable in light and dark
         colour = f"rgba(217,115,13,{strength:.2f})" if change < 0 else f"rgba(13,159,143,{strength:.2f})"
         label = signed(change) if abs(change) >= TOLD_CHANGE else ""
         hint = f"{signed(change, 2)} nats under {NAMES[method]}"
-        shown = escape(text).replace("\n", "↵") if text else "end"
+        shown = escape(text).replace("\n", "↵") if text else ("end" if frame.done else "…")
         spans.append(
             f'<span class="bapo-token" title="{hint}"><span style="background:{colour}">{shown}</span>'
             f"<small>{label}</small></span>" + '<span class="bapo-break"></span>' * text.count("\n")

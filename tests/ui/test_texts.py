@@ -41,9 +41,10 @@ def test_panels_count_tokens_and_say_the_drift():
 def test_nothing_becomes_markup():
     hostile = Answer("base", HOSTILE, 1, -1.0, 1.0)
     tokens = (BaseToken(HOSTILE, {"base": 0.0, "dpo": -1.0}),)
+    hostile_frame = Frame("P2A", "tiny", frame().answers, tokens, done=True)
     for html in (
         texts.answer_panel("base", hostile, frame()),
-        texts.token_strip(tokens, "dpo"),
+        texts.token_strip(hostile_frame, "dpo"),
         texts.notice(HOSTILE, "alert"),
         texts.description(HOSTILE),
     ):
@@ -59,13 +60,21 @@ def test_every_token_carries_its_change_as_a_number():
         BaseToken(" fall\n", {"base": -1.0, "dpo": -0.5}),
         BaseToken("", {"base": -0.1, "dpo": -0.1}),  # end of turn
     )
-    strip = texts.token_strip(tokens, "dpo")
+    strip = texts.token_strip(Frame("P2A", "tiny", frame().answers, tokens, done=True), "dpo")
     assert re.findall(r'title="(.*?)"', strip) == [
         "−1.25 nats under DPO", "−0.75 nats under DPO", "+0.50 nats under DPO", "0.00 nats under DPO",
     ]  # fmt: skip
     assert re.findall("<small>(.*?)</small>", strip) == ["−1.2", "−0.8", "+0.5", ""]
     assert ">end<" in strip
     assert strip.count("bapo-break") == 1
+    assert ">end<" not in texts.token_strip(Frame("P2A", "tiny", frame().answers, tokens), "dpo"), "it goes on"
+    assert texts.token_strip(Frame("P2A", "tiny", (Answer("base"),), tokens), "dpo") == ""
+
+
+def test_a_missing_adapter_is_said_in_its_column():
+    alone = Frame("P2A", "tiny", (Answer("base", "A", 1),), (), done=True)
+    assert "no DPO adapter" in texts.answer_panel("dpo", None, alone)
+    assert "no DPO adapter" not in texts.answer_panel("dpo", None, None)
 
 
 def test_waiting_says_how_many_are_ahead():
