@@ -4,11 +4,14 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
-# Before the libraries are imported: a terminal wants results, not their advice.
+# Before the libraries are imported: a terminal wants results, not their
+# advice to programmers.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+warnings.simplefilter("ignore", FutureWarning)
 
 from tqdm import tqdm
 
