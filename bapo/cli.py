@@ -8,10 +8,8 @@ import warnings
 from dataclasses import fields, replace
 from pathlib import Path
 
-# Before the libraries are imported: a terminal wants results, not their
-# advice to programmers.
+# Before the libraries are imported: a terminal wants results, not their advice to programmers.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-warnings.simplefilter("ignore", FutureWarning)
 
 from tqdm import tqdm
 
@@ -23,6 +21,7 @@ from bapo.settings import Settings
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit status (2 where the user has something to put right)."""
     args = _parser().parse_args(arguments)
+    warnings.simplefilter("ignore", FutureWarning)
     try:
         settings = Settings.from_environment()
         if getattr(args, "base", None):

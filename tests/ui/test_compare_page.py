@@ -27,9 +27,15 @@ def choose_length(page: Page, tokens: int) -> None:
     number = page.get_by_label("number input for Length")
     if not number.is_visible():
         page.get_by_text("Length, temperature, seed").click()
-    number.fill(str(tokens))
-    number.press("Tab")
-    expect(page.get_by_label("range slider for Length")).to_have_value(str(tokens))
+    # What is typed while the page still comes to life is overwritten by its first values.
+    slider = page.get_by_label("range slider for Length")
+    for _ in range(10):
+        number.fill(str(tokens))
+        number.press("Tab")
+        page.wait_for_timeout(300)
+        if slider.input_value() == str(tokens):
+            return
+    expect(slider).to_have_value(str(tokens))
 
 
 def state(page: Page):
