@@ -7,7 +7,6 @@ SYSTEM_PYTHON := $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
 
 demo: $(VENV)/installed ## install, fetch the weights, open the app
-	$(PYTHON) -m bapo fetch
 	$(PYTHON) app.py
 
 test: $(VENV)/installed-tests ## the same, then run every test

@@ -18,6 +18,7 @@ def main() -> int:
         settings = Settings.from_environment()
         if args.base:
             settings = replace(settings, base=args.base)
+        print("Loading the base; the first start fetches it and takes a minute.", file=sys.stderr)
         page = build_interface(LocalEngine.load(settings))
     except BapoError as error:
         print(f"bapo: {error}", file=sys.stderr)
