@@ -23,6 +23,9 @@ def main() -> int:
     except BapoError as error:
         print(f"bapo: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"bapo: {error}. Free space there, or point BAPO_CACHE elsewhere.", file=sys.stderr)
+        return 2
     try:
         launch(page, settings.host, settings.port)
     except OSError as error:

@@ -30,10 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
     except BapoError as error:
         print(f"bapo: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `… | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # `… | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
         print(f"bapo: {error}. Free space there, or point BAPO_CACHE and BAPO_ADAPTERS elsewhere.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

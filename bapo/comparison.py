@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -130,7 +130,7 @@ def compare(engine: LocalEngine, prompt: str, preference: str, sampling: Samplin
     frame = Frame(preference, engine.base_name)
     with engine.turns.ticket() as ticket:
         while not ticket.wait(0.5):
-            yield Frame(preference, engine.base_name, ahead=ticket.ahead)
+            yield replace(frame, ahead=ticket.ahead)
         yield frame  # a long prompt takes a while: say that it is being worked on, so that it can be stopped
         run = _Run(methods, [Answer(name) for name in (BASE, *methods)])
         adapters: list[Adapter | None] = [None, *(found[method] for method in methods)]
@@ -150,8 +150,8 @@ def compare(engine: LocalEngine, prompt: str, preference: str, sampling: Samplin
 
 
 def _frame(frame: Frame, run: _Run, seconds: float, done: bool = False) -> Frame:
-    answers = tuple(Answer(a.name, a.text, a.tokens, a.logps, a.seconds, a.done) for a in run.answers)
-    return Frame(frame.preference, frame.base, answers, tuple(run.base_tokens), 0, seconds, done)
+    answers = tuple(replace(answer) for answer in run.answers)  # copies: a frame does not change once it is shown
+    return replace(frame, answers=answers, base_tokens=tuple(run.base_tokens), seconds=seconds, done=done)
 
 
 def score_pairs(

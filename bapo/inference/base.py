@@ -1,6 +1,7 @@
 """The base: found, loaded once, identified, and never altered."""
 
 import errno
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,10 @@ def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs
 
 
 def load_base(settings: Settings) -> Base:
-    """Find and load the base that the settings ask for. Every failure is a `BapoError`."""
+    """Find and load the base that the settings ask for.
+
+    Raises `BapoError` with what to do, or `OSError` where the cache folder cannot be written.
+    """
     name = settings.base or default_preset(settings)
     folder = find_folder(name, settings)
     if not any(folder.glob("*.safetensors")):
@@ -206,8 +210,6 @@ def load_arguments(folder: Path, precision: str) -> dict:
 
 
 def _bytes_per_weight(folder: Path) -> int:
-    import json
-
     config = json.loads((folder / "config.json").read_text())
     return 4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2
 

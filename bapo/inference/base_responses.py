@@ -54,7 +54,7 @@ def base_responses(
 def _generate(base: Base, prompts: list[str], max_tokens: int) -> list[BaseResponse]:
     encoded = [base.encode_prompt(prompt) for prompt in prompts]
     width = max(map(len, encoded))
-    pad = next(iter(base.stop_ids))
+    pad = base.end_of_turn
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in encoded], device=base.model.device)
     # By length, not by token: the pad token may be the end-of-turn token, which prompts contain.
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded], device=base.model.device)
