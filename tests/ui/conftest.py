@@ -92,5 +92,6 @@ def tiny_app(tiny_folders, tmp_path_factory) -> Iterator[str]:
         BAPO_BASE=settings.base,
         BAPO_CACHE=str(settings.cache),
         BAPO_ADAPTERS=str(settings.adapters),
+        BAPO_MAX_NEW_TOKENS="2048",
         OMP_NUM_THREADS="1",
     )
