@@ -35,7 +35,7 @@ class AdapterCard:
     base_fingerprint: str
     preference: str
     method: str
-    hyperparameters: dict[str, float | int | str | list[str]]
+    hyperparameters: dict[str, float | int | str | None]
     data_sha256: str
     training_pairs: int
     held_out: HeldOut | None

@@ -104,36 +104,71 @@ def pairs_check_command(args: argparse.Namespace, settings: Settings) -> int:
 
 
 def train_command(args: argparse.Namespace, settings: Settings) -> int:
+    # Read by torch when it is imported. Training allocates and frees large tensors all the time; in huge
+    # pages that costs a tenth less time.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from bapo.adapters import AdapterStore
     from bapo.inference.base import load_base
-    from bapo.training.run import Progress, TrainingPlan, run
+    from bapo.training.catalogue import missing_plans, train_all
+    from bapo.training.plan import TrainingPlan
+    from bapo.training.run import run
 
+    if args.all == bool(args.preference):
+        raise BapoError("Say which preference to train with --preference, or train the whole catalogue with --all.")
     given = {field.name: getattr(args, field.name) for field in fields(TrainingPlan)}
-    plan = TrainingPlan(**{name: value for name, value in given.items() if value is not None})
-    plan.load_pairs()  # what is wrong with the pairs is said before the model is loaded
-    base = load_base(settings)
-    store = AdapterStore(settings.adapters, base.name, base.fingerprint)
-    target = store.place(plan.preference, plan.method)
-    if target.exists() and not args.overwrite:
-        raise BapoError(f"{target} is there already. Add --overwrite to replace it.")
-    with tqdm(dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}") as bar:
-
-        def show(progress: Progress) -> None:
-            if bar.desc != progress.phase:
-                bar.reset(progress.total)
-                bar.set_description_str(progress.phase, refresh=False)
-            bar.n = progress.done
-            eta = "" if progress.eta_seconds is None else f" · {_duration(progress.eta_seconds)} left"
-            shown = {"loss": "loss", "drift": "drift", "rewards/accuracies": "accuracy"}
-            figures = "".join(
-                f" · {shown[name]} {value:.3g}" for name, value in progress.metrics.items() if name in shown
-            )
-            bar.set_postfix_str(eta + figures)
-
-        folder = run(plan, base, store, settings, show)
-    card = json.loads((folder / "bapo.json").read_text())
-    print(json.dumps(card) if args.json else f"{folder}\n{json.dumps(card['held_out'], indent=2)}")
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.all:
+        if given:
+            raise BapoError("--all trains the shipped recipe: leave the other settings out.")
+        base = load_base(settings)
+        store = AdapterStore(settings.adapters, base.name, base.fingerprint)
+        print(f"{len(missing_plans(store))} adapters to train, the others are there", file=sys.stderr)
+        with _TrainingBar() as bar:
+            trained = train_all(base, store, settings, bar.show)
+        cards = [json.loads((store.folder / name / "bapo.json").read_text()) for name in trained]
+    else:
+        plan = TrainingPlan(**given)
+        plan.load_pairs()  # what is wrong with the files is said before the model is loaded
+        plan.load_anchor_prompts()
+        base = load_base(settings)
+        store = AdapterStore(settings.adapters, base.name, base.fingerprint)
+        target = store.place(plan.preference, plan.method)
+        if target.exists() and not args.overwrite:
+            raise BapoError(f"{target} is there already. Add --overwrite to replace it.")
+        with _TrainingBar() as bar:
+            folder = run(plan, base, store, settings, bar.show)
+        cards = [json.loads((folder / "bapo.json").read_text())]
+    if args.json:
+        print(json.dumps(cards if args.all else cards[0]))
+        return 0
+    for card in cards:
+        print(f"{store.folder / (card['preference'] + '-' + card['method'])}\n{json.dumps(card['held_out'], indent=2)}")
     return 0
+
+
+SHOWN_METRICS = {"loss": "loss", "drift": "drift", "rewards/accuracies": "accuracy"}
+
+
+class _TrainingBar(tqdm):
+    """One line: the phase, how far it is, how long it takes, and how the training goes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            dynamic_ncols=True, bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+        )
+
+    def show(self, progress) -> None:
+        if progress.note:
+            self.write(progress.note, file=sys.stderr)
+            return
+        if self.desc != progress.phase:
+            self.reset(progress.total)
+            self.set_description_str(progress.phase, refresh=False)
+        self.n = progress.done
+        eta = "" if progress.eta_seconds is None else f" · {_duration(progress.eta_seconds)} left"
+        known = [(SHOWN_METRICS[name], value) for name, value in progress.metrics.items() if name in SHOWN_METRICS]
+        figures = "".join(f" · {name} {value:.3g}" for name, value in known)
+        self.set_postfix_str(eta + figures)
 
 
 def fetch_command(args: argparse.Namespace, settings: Settings) -> int:
@@ -181,10 +216,12 @@ def _parser() -> argparse.ArgumentParser:
     score.add_argument("--preference", required=True, help=preferences)
     common(score)
 
-    train = command("train", train_command, "Train an adapter for one preference.")
-    train.add_argument("--preference", required=True, help=f"{preferences}, or a name for a taste of your own")
-    train.add_argument("--method", default="bapo", help="bapo or dpo")
+    train = command("train", train_command, "Train an adapter for one preference, or all of the catalogue.")
+    train.add_argument("--preference", help=f"{preferences}, or a name for a taste of your own")
+    train.add_argument("--all", action="store_true", help="train what is missing of the catalogue, every method")
+    train.add_argument("--method", help="bapo (default) or dpo")
     train.add_argument("--pairs", metavar="FILE", help="preference pairs (default: our own for the preference)")
+    train.add_argument("--anchor-prompts", metavar="FILE", help="further prompts, one a line, that only anchor")
     train.add_argument("--lambda", dest="lambda_", type=float, help="weight of the anchor")
     train.add_argument("--beta", type=float)
     train.add_argument("--learning-rate", type=float)
@@ -192,6 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int, help="pairs a step")
     train.add_argument("--rank", type=int, help="rank of the LoRA adapter")
     train.add_argument("--alpha", type=int, help="LoRA's scaling is alpha / rank")
+    train.add_argument("--last-layers", type=int, metavar="N", help="adapt the last N layers alone (default: all)")
     train.add_argument("--max-response-tokens", type=int, help="longer responses are cut")
     train.add_argument("--held-out-share", type=float, help="share of a file's prompts kept for evaluation")
     train.add_argument("--seed", type=int)

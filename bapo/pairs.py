@@ -102,6 +102,18 @@ def own_pairs(preference_id: str, *, held_out: bool) -> list[Pair]:
     ]
 
 
+def read_prompts(file: Path) -> list[str]:
+    """Prompts of a text file, one a line, each once."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BapoError(f"{file} cannot be read: expected a UTF-8 text file with one prompt a line.") from error
+    prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
+    if not prompts:
+        raise BapoError(f"{file} holds no prompts: expected one a line.")
+    return prompts
+
+
 def split_by_prompt(pairs: list[Pair], held_out_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs; all pairs of a prompt fall on the same side."""
     prompts = sorted({pair.prompt for pair in pairs})

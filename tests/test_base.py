@@ -46,7 +46,7 @@ def test_the_base_is_frozen_and_named_without_its_path(tiny_base, architecture):
 
 def test_gemma_ties_its_embeddings_and_phi3_fuses_its_projections(tiny_folders, settings):
     gemma = load_base(replace(settings, base=str(tiny_folders["gemma"])))
-    assert gemma.head.weight.data_ptr() == gemma.model.get_input_embeddings().weight.data_ptr()
+    assert gemma.model.get_output_embeddings().weight.data_ptr() == gemma.model.get_input_embeddings().weight.data_ptr()
     phi3 = load_base(replace(settings, base=str(tiny_folders["phi3"])))
     names = [name for name, _ in phi3.model.named_modules()]
     assert any(name.endswith("qkv_proj") for name in names)

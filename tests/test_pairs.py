@@ -98,8 +98,8 @@ def test_the_hash_sees_every_text_and_the_order():
 
 def test_our_own_set_keeps_its_rules():
     prompts = preference_set()
-    assert len(prompts) >= 64
-    assert sum(item.held_out for item in prompts) == 16
+    assert len(prompts) == 166
+    assert sum(item.held_out for item in prompts) == 34
     assert len({item.kind for item in prompts}) >= 12
     assert len({item.prompt for item in prompts}) == len({item.id for item in prompts}) == len(prompts)
     for item in prompts:
@@ -119,7 +119,7 @@ def test_rejected_are_the_other_responses_of_the_family():
     own = [pair for pair in own_pairs("literature", held_out=False) if pair.prompt == first.prompt]
     assert [pair.rejected for pair in own] == [first.responses[p] for p in ("academy", "business", "entertainment")]
     assert {pair.chosen for pair in own} == {first.responses["literature"]}
-    assert len(own_pairs("P2A", held_out=True)) == 16 * 5
+    assert len(own_pairs("P2A", held_out=True)) == 34 * 5
 
 
 def test_an_unknown_preference_has_no_pairs_of_ours():

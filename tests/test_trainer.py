@@ -1,6 +1,7 @@
 """BAPOTrainer against TRL's own DPOTrainer, and what training leaves behind."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,8 @@ from bapo.adapters import AdapterCard, AdapterStore
 from bapo.errors import BapoError
 from bapo.inference.base import load_base
 from bapo.inference.scoring import response_logps
-from bapo.training.run import Progress, TrainingPlan, run
+from bapo.training.plan import TrainingPlan
+from bapo.training.run import Progress, run
 from bapo.training.trainer import BAPOTrainer, PromptOrderSampler
 from tests.tiny import logps_apart
 
@@ -111,53 +113,6 @@ def test_lambda_0_reproduces_trl_loss_and_gradients(tiny_folders, architecture, 
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_packed_bapo_equals_separate_triples(tiny_base, tmp_path):
-    """Loss and LoRA gradients in float64 against the equations applied to one plain forward pass a response."""
-    tiny_base.model.double()
-    trainer = bapo_trainer(tiny_base, with_reference(tiny_base), tmp_path)
-    disturb(trainer.model)
-    trainer.model.double().train()
-    rows = list(trainer.train_dataset)
-    batch = trainer.data_collator(rows)
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-    assert batch["branches"].max() + 1 == 5 + 3, "chosen and base response of a prompt are computed once"
-    packed = trainer.compute_loss(trainer.model, batch)
-    packed.backward()
-    packed_grads = gradients(trainer.model)
-    trainer.model.zero_grad()
-
-    losses = []
-    for i, row in enumerate(rows):
-        logps = {}
-        for role in ("chosen", "rejected", "base"):
-            ids = row["prompt_ids"] + row[f"{role}_ids"]
-            logits = trainer.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-            start = len(row["prompt_ids"])
-            logps[role] = sum(logits[j - 1, ids[j]] for j in range(start, len(ids)))
-        ref = {role: batch[f"ref_{role}_logps"][i] for role in logps}
-        margin = 0.1 * ((logps["chosen"] - ref["chosen"]) - (logps["rejected"] - ref["rejected"]))
-        losses.append(torch.log1p(torch.exp(-margin)) + 5.0 * torch.clamp(ref["base"] - logps["base"], min=0))
-    apart = torch.stack(losses).mean()
-    apart.backward()
-    assert packed.item() == pytest.approx(apart.item(), abs=1e-9)
-    for name, grad in gradients(trainer.model).items():
-        # The norms of these architectures run in float32 in any model, so gradients round there.
-        torch.testing.assert_close(packed_grads[name], grad, rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_the_order_of_pairs_changes_nothing(llama_base, tmp_path):
-    llama_base.model.double()
-    trainer = bapo_trainer(llama_base, with_reference(llama_base), tmp_path)
-    disturb(trainer.model)
-    trainer.model.double()
-    rows = list(trainer.train_dataset)
-    losses = [
-        trainer.compute_loss(trainer.model, trainer.data_collator([rows[i] for i in order])).item()
-        for order in ([0, 1, 2, 3], [3, 1, 0, 2])
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-12)
-
-
 def test_metrics_of_a_step(llama_base, tmp_path):
     rows = with_reference(llama_base)
     trainer = bapo_trainer(llama_base, rows, tmp_path, max_steps=1, logging_steps=1, learning_rate=1e-3)
@@ -208,7 +163,7 @@ def pairs_file(tmp_path):
     return file
 
 
-def train_tiny(tiny_folders, settings, pairs_file, **plan):
+def train_tiny(tiny_folders, settings, pairs_file, tell=None, **plan):
     base = load_base(replace(settings, base=str(tiny_folders["llama"])))
     store = AdapterStore(settings.adapters, base.name, base.fingerprint)
     heard: list[Progress] = []
@@ -219,7 +174,7 @@ def train_tiny(tiny_folders, settings, pairs_file, **plan):
         "learning_rate": 5e-3,
         "held_out_share": 0.34,
     }
-    folder = run(TrainingPlan(**{**values, **plan}), base, store, settings, heard.append)
+    folder = run(TrainingPlan(**{**values, **plan}), base, store, settings, tell or heard.append)
     return folder, store, heard
 
 
@@ -249,7 +204,7 @@ def test_a_run_installs_an_adapter_that_stock_peft_loads(tiny_folders, settings,
 
     answers = base_responses(base, prompts, settings.cache)
     reference = [
-        response_logps(base.model, base.head, base.encode_prompt(p), [answers[p].token_ids]).item() for p in prompts
+        response_logps(base.model, base.model, base.encode_prompt(p), [answers[p].token_ids]).item() for p in prompts
     ]
     policy = PeftModel.from_pretrained(base.model, folder).eval()
     drifts = [
@@ -275,6 +230,131 @@ def test_the_anchor_holds_the_base_response(tiny_folders, settings, pairs_file):
         _, store, _ = train_tiny(tiny_folders, settings, pairs_file, method=method, epochs=8)
         drift[method] = store.by_preference()["mine"][method].card.held_out.drift_nats
     assert drift["bapo"] < drift["dpo"]
+
+
+class Interrupted(Exception):
+    """Stands for a killed process."""
+
+
+def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tiny_folders, settings, pairs_file, monkeypatch):
+    monkeypatch.setattr("bapo.training.run.CHECKPOINT_STEPS", 2)
+    plan = {"epochs": 4, "batch_size": 2}  # 16 steps of 4 an epoch
+    whole, _, heard = train_tiny(tiny_folders, settings, pairs_file, **plan)
+    weights = (whole / "adapter_model.safetensors").read_bytes()
+    steps = (whole / "metrics.jsonl").read_text()
+    assert heard[-1].phase == "evaluating"
+    assert not list((settings.cache / "training").glob("*/")), "checkpoints go when the adapter is there"
+    shutil.rmtree(whole)
+
+    for stop_at in (7, 10):  # between two checkpoints, in the second epoch, and once more in the third
+
+        def stop(progress, stop_at=stop_at):
+            if progress.phase == "training" and progress.done == stop_at:
+                raise Interrupted
+
+        with pytest.raises(Interrupted):
+            train_tiny(tiny_folders, settings, pairs_file, tell=stop, **plan)
+        assert not whole.exists(), "nothing half-made is visible"
+    resumed, _, heard = train_tiny(tiny_folders, settings, pairs_file, **plan)
+    assert next(p.done for p in heard if p.phase == "training") == 8, "it starts at the last checkpoint"
+    assert (resumed / "adapter_model.safetensors").read_bytes() == weights
+
+    def figures(text):
+        timed = {"epoch", "step"}
+        return [{k: v for k, v in json.loads(line).items() if k in timed or "/" in k} for line in text.splitlines()]
+
+    assert figures((resumed / "metrics.jsonl").read_text()) == figures(steps)
+
+
+def test_a_second_method_starts_without_computing_the_reference_again(tiny_folders, settings, pairs_file, monkeypatch):
+    train_tiny(tiny_folders, settings, pairs_file, method="dpo")
+    monkeypatch.setattr("bapo.training.rows.response_logps", lambda *a: pytest.fail("computed again"))
+    monkeypatch.setattr("bapo.inference.base_responses._generate", lambda *a: pytest.fail("generated again"))
+    folder, _, _ = train_tiny(tiny_folders, settings, pairs_file, method="bapo", lambda_=2.0)
+    assert AdapterCard.read(folder).hyperparameters["lambda_"] == 2.0
+
+
+def test_accumulated_steps_equal_one_large_step(llama_base, tmp_path):
+    rows = with_reference(llama_base)
+    whole = bapo_trainer(llama_base, rows, tmp_path, lambda_=1.0)
+    disturb(whole.model)
+    whole.model.train()
+    whole.compute_loss(whole.model, whole.data_collator(rows)).backward()
+    expected = gradients(whole.model)
+    whole.model.zero_grad()
+    for part in (rows[:2], rows[2:]):
+        (whole.compute_loss(whole.model, whole.data_collator(part)) / 2).backward()
+    for name, grad in gradients(whole.model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_anchor_only_prompts_add_their_anchor_and_no_preference(llama_base, tmp_path):
+    rows = with_reference(llama_base)
+    extra = {
+        **rows[3],
+        **{f"{role}_ids": rows[3]["base_ids"] for role in ("chosen", "rejected")},
+        "ref_base_logps": 0.0,
+    }
+    extra |= {f"ref_{role}_logps": extra["ref_base_logps"] for role in ("chosen", "rejected")}
+    trainer = bapo_trainer(llama_base, rows, tmp_path)
+    disturb(trainer.model)
+    trainer.model.eval()
+    pairs, both, alone = (
+        trainer.compute_loss(trainer.model, trainer.data_collator(batch)).item()
+        for batch in (rows, [*rows, extra], [extra])
+    )
+    logp = logps_apart(trainer.model, extra["prompt_ids"], [extra["base_ids"]]).item()
+    assert alone == pytest.approx(5.0 * (extra["ref_base_logps"] - logp), rel=1e-4)
+    assert both == pytest.approx((pairs * len(rows) + alone) / (len(rows) + 1), rel=1e-5)
+    metrics = trainer._metrics["eval"]
+    assert len(metrics["rewards/accuracies"]) == 2, "a batch without pairs has no accuracy"
+    assert metrics["rewards/accuracies"][0] == metrics["rewards/accuracies"][1]
+    assert len(metrics["drift"]) == 3
+
+
+def test_anchor_prompts_from_a_file(tiny_folders, settings, pairs_file, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("What else?\n\nAnd this?\nWhat else?\n")
+    folder, _, heard = train_tiny(tiny_folders, settings, pairs_file, anchor_prompts=str(file), epochs=1)
+    assert AdapterCard.read(folder).training_pairs == 8
+    assert [p.total for p in heard if p.phase == "training"][-1] == 2, "ten rows, eight a step"
+    with pytest.raises(BapoError, match="DPO has no anchor"):
+        TrainingPlan(preference="mine", method="dpo", anchor_prompts=str(file))
+    with pytest.raises(BapoError, match="one prompt a line"):
+        TrainingPlan(preference="mine", anchor_prompts=str(tmp_path / "none.txt")).load_anchor_prompts()
+
+
+def test_long_responses_are_cut_and_counted(tiny_folders, settings, pairs_file):
+    _, _, heard = train_tiny(tiny_folders, settings, pairs_file, epochs=1, max_response_tokens=7)
+    # Six of "yes N" fit with their end-of-turn token; "never N" takes eight tokens.
+    assert [p.note for p in heard if p.note] == ["6 responses were cut at 7 tokens"]
+
+
+def test_the_last_layers_alone(tiny_folders, settings, pairs_file):
+    folder, _, _ = train_tiny(tiny_folders, settings, pairs_file, epochs=1, last_layers=1)
+    layers = {name.split(".layers.")[1].split(".")[0] for name in load_file(folder / "adapter_model.safetensors")}
+    assert layers == {"1"}
+    base = load_base(replace(settings, base=str(tiny_folders["llama"])))
+    PeftModel.from_pretrained(base.model, folder)
+
+
+def test_a_model_card_is_written_for_the_hub(llama_base, tmp_path):
+    trainer = bapo_trainer(llama_base, with_reference(llama_base), tmp_path)
+    trainer.create_model_card(model_name="mine")
+    card = (tmp_path / "README.md").read_text()
+    assert "2407.00693" in card
+    assert "bapo" in card
+
+
+def test_an_architecture_without_trees_trains_on_padded_rows_and_says_so(llama_base, tmp_path, caplog):
+    packed = bapo_trainer(llama_base, with_reference(llama_base), tmp_path)
+    assert not caplog.records
+    llama_base.model.set_attn_implementation("sdpa")
+    padded = bapo_trainer(llama_base, with_reference(llama_base), tmp_path)
+    assert "padded rows are used" in caplog.text
+    rows = list(packed.train_dataset)
+    assert "tree" in packed.data_collator(rows)["sequences"][0]
+    assert "tree" not in padded.data_collator(rows)["sequences"][0]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,6 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from bapo.errors import BapoError
 from bapo.inference.embedded import embedded_folder
 from bapo.inference.fingerprint import fingerprint
+from bapo.inference.tree_attention import enable_trees
 from bapo.settings import Settings
 
 EMBEDDED = "smollm2-135m"
@@ -59,11 +59,6 @@ class Base:
     def cache_key(self) -> str:
         """Names what was computed with this base, on the disk."""
         return f"{self.fingerprint}-{self.numerics}"
-
-    @property
-    def head(self) -> nn.Linear:
-        """The vocabulary projection."""
-        return self.model.get_output_embeddings()
 
     def encode_prompt(self, prompt: str) -> list[int]:
         """Token ids of a user's message under the chat template, up to where the answer begins."""
@@ -106,6 +101,7 @@ def load_base(settings: Settings) -> Base:
     if tokenizer.chat_template is None:
         raise BapoError(f"The base {name} has no chat template; choose an instruction-tuned (chat) model.")
     model.eval().requires_grad_(False)
+    enable_trees(model)
     end_of_turn = _end_of_turn(tokenizer)
     return Base(
         # A folder goes by its own name: paths are the operator's business and appear on no page.

@@ -96,7 +96,7 @@ class LocalEngine:
         scores = []
         for adapter in adapters:
             forward = partial(self._policies.forward, [adapter.name if adapter else None])
-            scores.append(response_logps(forward, self.base.head, prompt_ids, responses).tolist())
+            scores.append(response_logps(forward, self.base.model, prompt_ids, responses).tolist())
         return scores
 
     def base_responses(

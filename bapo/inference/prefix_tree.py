@@ -1,22 +1,25 @@
-"""One prompt and all its responses as one sequence with a shared prefix.
+"""One prompt and all its responses as one sequence with a shared prefix; several such groups in a row.
 
     prefix            branch 0                branch 1
     x₁ … x₍P₋₁₎   |   x_P  y₁ … y₍R₋₁₎   |   x_P  z₁ … z₍S₋₁₎   | …
 
 Every branch starts with the prompt's last token, so that each of its positions predicts one token of
 its response and the first response token needs no special case. Positions restart at P−1 in every
-branch, and a branch attends to the prefix and to itself. The log-probs equal those of the responses
-run apart, for P − 1 + ΣR tokens instead of Σ(P + R). (Prefix sharing for pairs: arXiv 2410.20305.)
+branch, and a branch attends to its group's prefix and to itself. The log-probs equal those of the
+responses run apart, for P − 1 + ΣR tokens instead of Σ(P + R). (Prefix sharing for pairs: arXiv 2410.20305.)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-IGNORED = -100  # label of a position that predicts nothing
-PREFIX = -1  # branch number of the shared prefix
+PREFIX = -1  # branch number of a shared prefix
+
+Batch = dict[str, Any]  # what `pack_trees` returns
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +29,17 @@ class PromptTree:
     token_ids: list[int]
     positions: list[int]
     branches: list[int]
-    labels: list[int]  # the token each position predicts
+    labels: list[int]  # the tokens that the branches' positions predict: one entry per position outside the prefix
+    lengths: tuple[int, ...]  # of the prefix, then of each branch
 
     @classmethod
     def grow(cls, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> "PromptTree":
         """Flatten `prompt_ids` (one or more) and the responses (each of one or more token ids)."""
-        if not prompt_ids or not all(responses):
+        if not prompt_ids or not responses or not all(responses):
             raise ValueError("a prompt and each of its responses need at least one token")
         *prefix, last = prompt_ids
         start = len(prefix)
-        tree = cls([*prefix], [*range(start)], [PREFIX] * start, [IGNORED] * start)
+        tree = cls([*prefix], [*range(start)], [PREFIX] * start, [], (start, *map(len, responses)))
         for branch, response in enumerate(responses):
             tree.token_ids.extend([last, *response[:-1]])
             tree.positions.extend(range(start, start + len(response)))
@@ -46,43 +50,59 @@ class PromptTree:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def longest(self) -> int:
+        """Positions on the longest path from the prompt's first token to a response's last."""
+        return self.lengths[0] + max(self.lengths[1:])
 
-def stack_trees(trees: Sequence[PromptTree]) -> dict[str, Tensor]:
-    """Trees as one batch, padded on the right to the longest.
 
-    Returns `input_ids`, `position_ids`, `labels` and `branches`, each of shape [trees, length], and
-    `visible`, the attention pattern, boolean of shape [trees, 1, length, length]. `branches` numbers
-    the branches through the whole batch; prefix and padding hold −1. Padding is told by its place,
-    never by its token id, so any id will do.
+def pack_trees(trees: Sequence[PromptTree]) -> Batch:
+    """Trees as one sequence without padding, length T.
+
+    Returns `input_ids`, `position_ids` and `branches`, each of shape [1, T], where `branches` numbers
+    the branches through the whole sequence (prefixes hold −1); `labels`, the tokens predicted by the
+    positions outside the prefixes; and `tree`, the lengths of each group's prefix and branches.
     """
-    length = max(map(len, trees))
-
-    def padded(rows: list[list[int]], filling: int) -> Tensor:
-        return torch.tensor([row + [filling] * (length - len(row)) for row in rows])
-
-    local = padded([tree.branches for tree in trees], PREFIX)
-    branch_counts = torch.tensor([max(tree.branches) + 1 for tree in trees])
-    first = (branch_counts.cumsum(0) - branch_counts).unsqueeze(1)
+    first = accumulate((len(tree.lengths) - 1 for tree in trees), initial=0)
+    branches = [
+        PREFIX if branch == PREFIX else branch + start
+        for tree, start in zip(trees, first, strict=False)
+        for branch in tree.branches
+    ]
     return {
-        "input_ids": padded([tree.token_ids for tree in trees], 0),
-        "position_ids": padded([tree.positions for tree in trees], 0),
-        "labels": padded([tree.labels for tree in trees], IGNORED),
-        "branches": torch.where(local == PREFIX, PREFIX, local + first),
-        "visible": _visible(local),
+        "input_ids": torch.tensor([[token for tree in trees for token in tree.token_ids]]),
+        "position_ids": torch.tensor([[position for tree in trees for position in tree.positions]]),
+        "branches": torch.tensor([branches]),
+        "labels": torch.tensor([label for tree in trees for label in tree.labels]),
+        "tree": [list(tree.lengths) for tree in trees],
     }
 
 
-def _visible(branches: Tensor) -> Tensor:
-    # branches: [trees, length]. Padding stands behind everything and counts as prefix, so causality
-    # alone hides it from the real tokens, and no row of the softmax is ever empty.
-    query, key = branches.unsqueeze(2), branches.unsqueeze(1)
-    causal = torch.ones(branches.shape[1], branches.shape[1], dtype=torch.bool).tril()
-    return (((key == PREFIX) | (key == query)) & causal).unsqueeze(1)
+def pad_trees(trees: Sequence[PromptTree]) -> Batch:
+    """The same for a model that cannot read trees: one row per branch, its prefix repeated, padded on the right.
 
+    Instead of `tree` there is `attention_mask`, of the shape [branches, length] of the others.
+    """
+    rows = []
+    for tree in trees:
+        prefix, start = tree.lengths[0], tree.lengths[0]
+        for length in tree.lengths[1:]:
+            rows.append((tree.token_ids[:prefix] + tree.token_ids[start : start + length], prefix))
+            start += length
+    width = max(len(ids) for ids, _ in rows)
 
-def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """The attention pattern as what attention adds to its scores: 0 where visible, else the lowest number."""
-    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    def padded(values: list[list[int]], filling: int) -> Tensor:
+        return torch.tensor([row + [filling] * (width - len(row)) for row in values])
+
+    return {
+        "input_ids": padded([ids for ids, _ in rows], 0),
+        "position_ids": padded([[*range(len(ids))] for ids, _ in rows], 0),
+        "attention_mask": padded([[1] * len(ids) for ids, _ in rows], 0),
+        "branches": padded(
+            [[PREFIX] * prefix + [n] * (len(ids) - prefix) for n, (ids, prefix) in enumerate(rows)], PREFIX
+        ),
+        "labels": torch.tensor([label for tree in trees for label in tree.labels]),
+    }
 
 
 def sum_branches(token_logps: Tensor, branches: Tensor) -> Tensor:

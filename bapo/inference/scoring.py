@@ -2,53 +2,84 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from bapo.inference.prefix_tree import PREFIX, PromptTree, additive_mask, stack_trees, sum_branches
+from bapo.inference.prefix_tree import PREFIX, Batch, PromptTree, pack_trees, pad_trees, sum_branches
+from bapo.inference.token_logps import token_logps
+from bapo.inference.tree_attention import block_mask, limits_of
+
+# Where one of these is set, the model does more to its logits than project hidden states.
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 @torch.inference_mode()
 def response_logps(
-    forward: Callable, head: nn.Linear, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
+    forward: Callable, model: PreTrainedModel, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
 ) -> Tensor:
     """Summed log-probs, in nats, of each response after the prompt; shape [responses].
 
-    `forward` is a causal language model or a policy's forward pass, `head` its vocabulary projection.
+    `model` is the causal language model (wrapped by PEFT or not) and `forward` a forward pass of it,
+    as itself or under an adapter.
     """
-    tree = stack_trees([PromptTree.grow(prompt_ids, responses)])
-    return branch_logps(forward, head, {name: value.to(head.weight.device) for name, value in tree.items()})
+    tree = PromptTree.grow(prompt_ids, responses)
+    batch = (pack_trees if limits_of(model).pack(tree) else pad_trees)([tree])
+    return branch_logps(forward, model, {name: _on(model.device, value) for name, value in batch.items()})
 
 
-def branch_logps(forward: Callable, head: nn.Linear, batch: dict[str, Tensor]) -> Tensor:
-    """Summed log-probs, in nats, of every branch of a batch of trees (see `stack_trees`).
+def _on(device: torch.device, value: Any) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def branch_logps(forward: Callable, model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Summed log-probs, in nats, of every branch of a batch made by `pack_trees` or `pad_trees`.
 
     Differentiable; shape [branches], float32 or wider.
     """
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    if "tree" in batch:
+        inputs["tree"] = batch["tree"]
+        # What has four dimensions goes to the attention as it is: otherwise transformers would make a mask.
+        inputs["attention_mask"] = (
+            block_mask(batch["branches"], batch["tree"])
+            if model.device.type == "cuda"
+            else batch["branches"][None, None]
+        )
+    else:
+        inputs["attention_mask"] = batch["attention_mask"]
     predicting = batch["branches"] != PREFIX
-    with _projecting_only(head, predicting):
-        logits = forward(
-            input_ids=batch["input_ids"],
-            position_ids=batch["position_ids"],
-            attention_mask=additive_mask(batch["visible"], head.weight.dtype),
-            use_cache=False,
-        ).logits
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token_logps = logits.gather(1, batch["labels"][predicting].unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
-    return sum_branches(token_logps, batch["branches"][predicting])
+    head = model.get_output_embeddings()
+    projected = all(getattr(model.config, name, None) in (None, 1.0) for name in LOGIT_SETTINGS)
+    with _at_the_head(head, predicting, skip=projected) as hidden:
+        logits = forward(**inputs, use_cache=False).logits
+    if projected:
+        logps = token_logps(hidden[0], head, batch["labels"])
+    else:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logps = logits.gather(1, batch["labels"].unsqueeze(1)).squeeze(1) - logits.logsumexp(1)
+    return sum_branches(logps, batch["branches"][predicting])
 
 
 @contextmanager
-def _projecting_only(head: nn.Linear, selected: Tensor) -> Iterator[None]:
-    """Let the vocabulary projection see the selected positions alone: [trees, length, width] → [selected, width].
+def _at_the_head(head: nn.Linear, selected: Tensor, skip: bool) -> Iterator[list[Tensor]]:
+    """Let the vocabulary projection see the selected positions alone: [rows, T, width] → [selected, width].
 
-    It is a quarter of a small model's work, and neither prompt nor padding needs it. A hook reaches
-    it through every wrapper (PEFT, distributed), whereas `logits_to_keep` keeps the same columns of
-    all rows.
+    It is a quarter of a small model's work, and neither prompt nor padding needs it. With `skip` it
+    sees none: the list that is returned then holds its input, to be projected elsewhere. A hook
+    reaches the head through every wrapper (PEFT, distributed), whereas `logits_to_keep` keeps the
+    same columns of all rows.
     """
-    hook = head.register_forward_pre_hook(lambda module, inputs: (inputs[0][selected],))
+    caught: list[Tensor] = []
+
+    def select(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        caught.append(inputs[0][selected])
+        return (caught[0][:0] if skip else caught[0],)
+
+    hook = head.register_forward_pre_hook(select)
     try:
-        yield
+        yield caught
     finally:
         hook.remove()

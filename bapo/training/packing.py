@@ -1,41 +1,81 @@
-"""A batch of preference pairs as prompt trees: what prompts and pairs share is computed once."""
+"""A batch of preference pairs as packed prompt groups: what prompts and pairs share is computed once."""
 
 from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bapo.inference.prefix_tree import PromptTree, stack_trees
+from bapo.inference.prefix_tree import PREFIX, Batch, PromptTree, pack_trees, pad_trees
+from bapo.inference.tree_attention import Limits
 
 ROLES = ("chosen", "rejected", "base")
+TOKEN_BUDGET = 4096  # positions computed together; a larger group stays whole
 
 
-def collate_packed_pairs(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Collate tokenised pairs into trees with a shared prefix (see `bapo.inference.prefix_tree`).
+class PairCollator:
+    """Collates tokenised pairs into packed sequences (see `bapo.inference.prefix_tree`).
 
-    Pairs of one prompt share a tree, and equal responses of that prompt share a branch: K pairs with
+    Pairs of one prompt share a group, and equal responses of that prompt share a branch: K pairs with
     the same chosen and base response cost 1 + K + 1 branches, not 3K. The loss stays that of the
-    pairs, because each refers to its branches by number.
-
-    Takes dicts with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids` and the three
-    `ref_*_logps`. Returns the tensors of `stack_trees`, plus, each of shape [pairs]:
-    `chosen_branch`, `rejected_branch`, `base_branch` and the three `ref_*_logps`.
+    pairs, because each refers to its branches by number. An anchor-only prompt is a row whose chosen
+    and rejected response are its base response: one branch, and a margin of zero.
     """
-    # dicts as ordered sets: prompt → response → branch number inside the prompt's tree
-    trees: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
-    for example in examples:
-        branches = trees.setdefault(tuple(example["prompt_ids"]), {})
-        for role in ROLES:
-            branches.setdefault(tuple(example[f"{role}_ids"]), len(branches))
-    batch = stack_trees([PromptTree.grow(prompt, list(branches)) for prompt, branches in trees.items()])
-    counts = [len(branches) for branches in trees.values()]
-    first = dict(zip(trees, [0, *accumulate(counts)], strict=False))  # a prompt's first branch in the batch
-    for role in ROLES:
-        numbers = []
+
+    def __init__(self, limits: Limits, budget: int = TOKEN_BUDGET):
+        self.limits = limits
+        self.budget = budget
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Collate dicts with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids` and the three `ref_*_logps`.
+
+        Returns `sequences`, a list of batches for `branch_logps`, and, each of shape [pairs],
+        `chosen_branch`, `rejected_branch` and `base_branch`, which number the branches through all
+        sequences, and the `ref_*_logps`.
+        """
+        # dicts as ordered sets: prompt → response → branch number inside the prompt's group
+        groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
         for example in examples:
-            prompt = tuple(example["prompt_ids"])
-            numbers.append(first[prompt] + trees[prompt][tuple(example[f"{role}_ids"])])
-        batch[f"{role}_branch"] = torch.tensor(numbers)
-        batch[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
-    return batch
+            branches = groups.setdefault(tuple(example["prompt_ids"]), {})
+            for role in ROLES:
+                branches.setdefault(tuple(example[f"{role}_ids"]), len(branches))
+        trees = {prompt: PromptTree.grow(prompt, list(branches)) for prompt, branches in groups.items()}
+        sequences = self._sequences(trees)
+        order = [prompt for sequence in sequences for prompt in sequence]
+        first = dict(zip(order, accumulate((len(groups[prompt]) for prompt in order), initial=0), strict=False))
+        batch: dict[str, Any] = {
+            "sequences": [self._lay_out([trees[prompt] for prompt in sequence]) for sequence in sequences]
+        }
+        for role in ROLES:
+            numbers = []
+            for example in examples:
+                prompt = tuple(example["prompt_ids"])
+                numbers.append(first[prompt] + groups[prompt][tuple(example[f"{role}_ids"])])
+            batch[f"{role}_branch"] = torch.tensor(numbers)
+            batch[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
+        return batch
+
+    def _sequences(self, trees: dict[tuple[int, ...], PromptTree]) -> list[list[tuple[int, ...]]]:
+        """Prompts that go together: of one regime, alike in length, within the budget."""
+        sequences: list[list[tuple[int, ...]]] = []
+        used, current = 0, None
+        for prompt in sorted(trees, key=lambda prompt: (self.limits.regime(trees[prompt]), trees[prompt].longest)):
+            tree, regime = trees[prompt], self.limits.regime(trees[prompt])
+            if not sequences or regime != current or used + len(tree) > self.budget:
+                sequences.append([])
+                used, current = 0, regime
+            sequences[-1].append(prompt)
+            used += len(tree)
+        return sequences
+
+    def _lay_out(self, trees: list[PromptTree]) -> Batch:
+        return (pack_trees if all(map(self.limits.pack, trees)) else pad_trees)(trees)
+
+
+def computed_tokens(batch: dict[str, Any]) -> int:
+    """Positions that a collated batch sends through the model, padding included."""
+    return sum(sequence["input_ids"].numel() for sequence in batch["sequences"])
+
+
+def predicted_tokens(batch: dict[str, Any]) -> int:
+    """Positions of a collated batch at which the vocabulary is projected."""
+    return sum(int((sequence["branches"] != PREFIX).sum()) for sequence in batch["sequences"])

@@ -1,76 +1,41 @@
 """A training plan carried out, from pairs to an installed adapter."""
 
 import json
-import math
-import tempfile
+import re
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
+from filelock import FileLock, Timeout
 from peft import LoraConfig
-from transformers import TrainerCallback
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
 
 from bapo.adapters import AdapterCard, AdapterStore, HeldOut
-from bapo.disk_cache import DiskCache
 from bapo.errors import BapoError
 from bapo.evaluation import BASE, PairLogps, mean_drift, reward_accuracy
 from bapo.inference.base import Base
-from bapo.inference.base_responses import BaseResponse, base_responses
 from bapo.inference.scoring import response_logps
-from bapo.pairs import Pair, hash_of, own_pairs, split_by_prompt, usable_pairs
+from bapo.pairs import hash_of
 from bapo.settings import Settings
-from bapo.training.objectives import METHODS
+from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.plan import TrainingPlan
+from bapo.training.rows import prepare_rows
 from bapo.training.trainer import BAPOTrainer
 
 PHASES = ("base responses", "reference", "training", "evaluating")
 LIBRARIES = ("torch", "transformers", "trl", "peft")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingPlan:
-    """Everything that decides what an adapter becomes; the same plan gives the same adapter.
-
-    `pairs` is a file of preference pairs, `None` means our own set. `held_out_share` is the share of
-    a file's prompts kept for evaluation; our own set has its marked.
-    """
-
-    preference: str
-    method: str = "bapo"
-    pairs: str | None = None
-    lambda_: float = 5.0
-    beta: float = 0.1
-    learning_rate: float = 3e-4
-    epochs: float = 1.0
-    batch_size: int = 8
-    rank: int = 8
-    alpha: int = 16
-    max_response_tokens: int = 512
-    held_out_share: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise BapoError(f"There is no method {self.method!r}; choose one of {', '.join(METHODS)}.")
-        for name in ("beta", "learning_rate", "epochs", "batch_size", "rank", "alpha", "max_response_tokens"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BapoError(f"{name} must be above 0, not {getattr(self, name)}.")
-        if not 0 <= self.lambda_ < math.inf:
-            raise BapoError(f"lambda must be 0 or more, not {self.lambda_}.")
-        if not 0 <= self.held_out_share < 1:
-            raise BapoError(f"The held-out share must lie in [0, 1), not {self.held_out_share}.")
-
-    def load_pairs(self) -> tuple[list[Pair], list[Pair]]:
-        """(training, held-out) pairs of the plan."""
-        if self.pairs is None:
-            return own_pairs(self.preference, held_out=False), own_pairs(self.preference, held_out=True)
-        return split_by_prompt(usable_pairs(Path(self.pairs)), self.held_out_share, self.seed)
+CHECKPOINT_STEPS = 20  # what an interrupted run may lose
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +47,7 @@ class Progress:
     total: int
     eta_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    note: str = ""  # something the user should know
 
 
 Listener = Callable[[Progress], None]
@@ -90,104 +56,91 @@ Listener = Callable[[Progress], None]
 def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings, tell: Listener) -> Path:
     """Carry out the plan and return the folder of the installed adapter.
 
-    `base.model` is changed (adapter layers are added), so a process that serves answers must not
-    train: it starts another one. `tell` hears of every step.
+    `base.model` is changed while it runs (adapter layers are added, and removed at the end), so a
+    process that serves answers must not train: it starts another one. `tell` hears of every step. A
+    run that was interrupted goes on from its last checkpoint when the same plan is run again. Under
+    `accelerate launch` all processes call this; the first one writes and tells.
     """
+    process = PartialState()
     training, held_out = plan.load_pairs()
     if not training:
         raise BapoError("There is nothing to train on: every prompt is held out. Give more prompts or hold out fewer.")
-    store.place(plan.preference, plan.method)  # a name that cannot be stored is refused before the work
-    clock = _PhaseClock(tell)
-    prompts = [pair.prompt for pair in [*training, *held_out]]
-    answers = base_responses(base, prompts, settings.cache, progress=lambda *at: clock.tell("base responses", *at))
-    known = DiskCache(settings.cache / "reference-logps" / base.cache_key)
-    rows = _reference_rows(plan, base, [*training, *held_out], answers, known, clock)
-
-    store.folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=store.folder, prefix=".training-") as scratch:
-        trainer = _train(plan, base, rows[: len(training)], Path(scratch) / "trainer", clock)
-        policy = trainer.accelerator.unwrap_model(trainer.model)
-        # Adapters are stored in 16 bits and PEFT widens them again on loading. Rounding before the
-        # evaluation makes the figures on the card those of the stored adapter.
-        _cast_adapter(policy, torch.float16)
-        _cast_adapter(policy, torch.float32)
-        figures = evaluate(policy, rows[len(training) :], clock) if held_out else None
-        _cast_adapter(policy, torch.float16)
-        folder = Path(scratch) / "adapter"
-        policy.peft_config["default"].base_model_name_or_path = base.name  # not a path on this machine
-        policy.save_pretrained(folder, save_embedding_layers=False)  # else PEFT asks the hub about them
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card says what there is to say
-        history = [entry for entry in trainer.state.log_history if "loss/preference" in entry]
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in history))
-        card = AdapterCard(
-            base=base.name,
-            base_fingerprint=base.fingerprint,
-            preference=plan.preference,
-            method=plan.method,
-            hyperparameters={
-                name: value for name, value in asdict(plan).items() if name not in ("preference", "method", "pairs")
-            },
-            data_sha256=hash_of(training),
-            training_pairs=len(training),
-            held_out=figures,
-            versions={name: version(name) for name in LIBRARIES},
+    if plan.batch_size % process.num_processes:
+        raise BapoError(f"{plan.batch_size} pairs a step cannot be shared by {process.num_processes} processes evenly.")
+    target = store.place(plan.preference, plan.method)  # a name that cannot be stored is refused before the work
+    anchors = plan.load_anchor_prompts()
+    clock = _PhaseClock(tell if process.is_main_process else lambda progress: None)
+    with process.main_process_first():
+        prepared = prepare_rows(
+            base, [*training, *held_out], anchors, plan.max_response_tokens, settings.cache, clock.tell
         )
-        return store.install(folder, card)
+    if prepared.cut:
+        clock.note(f"{prepared.cut} responses were cut at {plan.max_response_tokens} tokens")
+    rows = prepared.rows[: len(training)] + prepared.rows[len(training) + len(held_out) :]
+
+    work = settings.cache / "training" / plan.key(base.cache_key, hash_of(training), *anchors)
+    work.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(work.with_suffix(".lock"), timeout=0)
+    try:
+        if process.is_main_process:
+            lock.acquire()
+    except Timeout:
+        raise BapoError(f"{target.name} is being trained by another process already.") from None
+    try:
+        trainer = _train(plan, base, rows, work, process.num_processes, clock)
+        policy = trainer.accelerator.unwrap_model(trainer.model)
+        if process.is_main_process:
+            # Adapters are stored in 16 bits and PEFT widens them again on loading. Rounding before the
+            # evaluation makes the figures on the card those of the stored adapter.
+            _cast_adapter(policy, torch.float16)
+            _cast_adapter(policy, torch.float32)
+            held_out_rows = prepared.rows[len(training) : len(training) + len(held_out)]
+            card = AdapterCard(
+                base=base.name,
+                base_fingerprint=base.fingerprint,
+                preference=plan.preference,
+                method=plan.method,
+                hyperparameters=plan.hyperparameters(),
+                data_sha256=hash_of(training),
+                training_pairs=len(training),
+                held_out=evaluate(policy, held_out_rows, clock) if held_out else None,
+                versions={name: version(name) for name in LIBRARIES},
+            )
+            _cast_adapter(policy, torch.float16)
+            store.install(_saved(policy, base, trainer.state.log_history, store), card)
+            shutil.rmtree(work, ignore_errors=True)
+        process.wait_for_everyone()
+        policy.unload()
+    finally:
+        lock.release()
+    return target
 
 
-def _reference_rows(
-    plan: TrainingPlan,
-    base: Base,
-    pairs: list[Pair],
-    answers: dict[str, BaseResponse],
-    known: DiskCache,
-    clock: "_PhaseClock",
-) -> list[dict]:
-    """The trainer's rows, in the order of `pairs`: token ids of each response and its log-prob under the base.
-
-    `known` remembers log-probs, so that another method or another λ on the same pairs starts at once.
-    """
-    by_prompt: dict[str, list[Pair]] = {}
-    for pair in pairs:
-        by_prompt.setdefault(pair.prompt, []).append(pair)
-    ids: dict[tuple[str, str], list[int]] = {}
-    logps: dict[tuple[str, str], float] = {}
-    for done, (prompt, own) in enumerate(by_prompt.items(), start=1):
-        texts = list(dict.fromkeys(text for pair in own for text in (pair.chosen, pair.rejected)))
-        responses = [base.encode_response(prompt, text)[: plan.max_response_tokens] for text in texts]
-        responses.append(answers[prompt].token_ids)
-        prompt_ids = base.encode_prompt(prompt)
-        key = [prompt_ids, responses]
-        if key not in known:
-            known[key] = response_logps(base.model, base.head, prompt_ids, responses).tolist()
-        for text, response, logp in zip([*texts, ""], responses, known[key], strict=True):  # "" stands for y_b
-            ids[prompt, text], logps[prompt, text] = response, logp
-        clock.tell("reference", done, len(by_prompt))
-    return [
-        {
-            "prompt_ids": base.encode_prompt(pair.prompt),
-            "chosen_ids": ids[pair.prompt, pair.chosen],
-            "rejected_ids": ids[pair.prompt, pair.rejected],
-            "base_ids": ids[pair.prompt, ""],
-            "ref_chosen_logps": logps[pair.prompt, pair.chosen],
-            "ref_rejected_logps": logps[pair.prompt, pair.rejected],
-            "ref_base_logps": logps[pair.prompt, ""],
-        }
-        for pair in pairs
-    ]
+def _saved(policy, base: Base, history: list[dict], store: AdapterStore) -> Path:
+    """The adapter in a hidden folder of the store, from where one rename puts it into place."""
+    store.folder.mkdir(parents=True, exist_ok=True)
+    folder = store.folder / f".finished-{time.time_ns()}"
+    policy.peft_config["default"].base_model_name_or_path = base.name  # not a path on this machine
+    policy.save_pretrained(folder, save_embedding_layers=False)  # else PEFT asks the hub about them
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card says what there is to say
+    steps = [entry for entry in history if "drift" in entry]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in steps))
+    return folder
 
 
-def _train(plan: TrainingPlan, base: Base, rows: list[dict], scratch: Path, clock: "_PhaseClock") -> BAPOTrainer:
+def _train(
+    plan: TrainingPlan, base: Base, rows: list[dict], work: Path, processes: int, clock: "_PhaseClock"
+) -> BAPOTrainer:
     disable_progress_bar()  # datasets' own bars would break ours
     on_cpu = base.model.device.type == "cpu"
     arguments = DPOConfig(
-        output_dir=str(scratch),
+        output_dir=str(work),
         beta=plan.beta,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,  # below 1: a share of all steps
         num_train_epochs=plan.epochs,
-        per_device_train_batch_size=plan.batch_size,
+        per_device_train_batch_size=plan.batch_size // processes,
         max_length=None,
         seed=plan.seed,
         use_cpu=on_cpu,
@@ -195,11 +148,19 @@ def _train(plan: TrainingPlan, base: Base, rows: list[dict], scratch: Path, cloc
         gradient_checkpointing=not on_cpu,  # trades time for memory, of which a CPU has plenty
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,
-        save_strategy="no",
+        save_steps=CHECKPOINT_STEPS,
+        save_total_limit=1,
         report_to="none",
         disable_tqdm=True,
     )
-    lora = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=plan.rank,
+        lora_alpha=plan.alpha,
+        target_modules=_target_modules(base.model, plan.last_layers),
+        task_type="CAUSAL_LM",
+    )
+    if base.numerics != "nf4":
+        lora._register_custom_module({nn.Linear: FusedLoraLinear})
     trainer = BAPOTrainer(
         base.model,
         method=plan.method,
@@ -211,21 +172,33 @@ def _train(plan: TrainingPlan, base: Base, rows: list[dict], scratch: Path, cloc
         callbacks=[_TrainingProgress(clock)],
     )
     trainer.pop_callback(PrinterCallback)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
     return trainer
+
+
+def _target_modules(model: PreTrainedModel, last_layers: int | None) -> str | list[str]:
+    """All linear layers but the vocabulary projection: everywhere, or in the last transformer layers alone."""
+    if last_layers is None:
+        return "all-linear"
+    first = model.config.num_hidden_layers - last_layers
+    found = []
+    for name, module in model.named_modules():
+        layer = re.search(r"\.(\d+)\.", name)
+        if isinstance(module, nn.Linear) and layer and int(layer[1]) >= first:
+            found.append(name)
+    return found
 
 
 def evaluate(policy, rows: list[dict], clock: "_PhaseClock") -> HeldOut:
     """Reward accuracy over pairs and drift over prompts of a PEFT model's active adapter."""
     policy.eval()
-    head = policy.get_output_embeddings()
     by_prompt: dict[tuple[int, ...], list[dict]] = {}
     for row in rows:
         by_prompt.setdefault(tuple(row["prompt_ids"]), []).append(row)
     pairs = []
     for done, (prompt_ids, own) in enumerate(by_prompt.items(), start=1):
         responses = [row[f"{role}_ids"] for row in own for role in ("chosen", "rejected")]
-        *scores, base_logp = response_logps(policy, head, prompt_ids, [*responses, own[0]["base_ids"]]).tolist()
+        *scores, base_logp = response_logps(policy, policy, prompt_ids, [*responses, own[0]["base_ids"]]).tolist()
         for row, chosen, rejected in zip(own, scores[::2], scores[1::2], strict=True):
             pairs.append(
                 PairLogps(
@@ -269,13 +242,16 @@ class _PhaseClock:
         eta = (now - self.start) / advanced * (total - done) if advanced else None
         self.listener(Progress(phase, done, total, eta, metrics or {}))
 
+    def note(self, text: str) -> None:
+        self.listener(Progress(self.phase, 1, 1, note=text))
+
 
 class _TrainingProgress(TrainerCallback):
     def __init__(self, clock: _PhaseClock):
         self.clock = clock
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.clock.tell("training", 0, state.max_steps)
+        self.clock.tell("training", state.global_step, state.max_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "drift" in logs:

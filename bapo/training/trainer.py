@@ -1,20 +1,44 @@
 """BAPOTrainer: TRL's DPOTrainer with a base response beside every pair, and the prompt computed once."""
 
+import logging
+import math
 from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.data import Sampler
 from trl import DPOConfig, DPOTrainer
 
 from bapo.inference.scoring import branch_logps
+from bapo.inference.tree_attention import limits_of
 from bapo.training.objectives import METHODS, Logps, anchor, margins
-from bapo.training.packing import collate_packed_pairs
+from bapo.training.packing import PairCollator
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = [
     *("prompt_ids", "chosen_ids", "rejected_ids", "base_ids"),
     *("ref_chosen_logps", "ref_rejected_logps", "ref_base_logps"),
 ]
+
+
+PAPER = "BAPO: Base-Anchored Preference Optimization for Overcoming Forgetting in Large Language Models Personalization"
+
+CITATION = f"""\
+@article{{lee2024bapo,
+    title  = {{{PAPER}}},
+    author = {{Gihun Lee and Minchan Jeong and Yujin Kim and Hojung Jung and Jaehoon Oh and
+              Sangmook Kim and Se-Young Yun}},
+    year   = 2024,
+    eprint = {{arXiv:2407.00693}}
+}}"""
+
+# Metrics that an anchor-only prompt has no share in.
+PAIR_METRICS = {
+    *("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "loss/preference"),
+    *("logps/chosen", "logps/rejected", "logps_change/chosen", "logps_change/rejected"),
+}
 
 
 class BAPOTrainer(DPOTrainer):
@@ -29,13 +53,19 @@ class BAPOTrainer(DPOTrainer):
 
     _tag_names = ["trl", "bapo"]  # noqa: RUF012 (as DPOTrainer declares it)
     _name = "BAPO"
+    _paper = {"title": PAPER, "id": "2407.00693", "citation": CITATION}  # noqa: RUF012
 
     def __init__(self, model, *, method: str, lambda_: float, args: DPOConfig, processing_class, **kwargs):
         self.objective = METHODS[method]
         self.lambda_ = lambda_
         args.remove_unused_columns = False  # the collator reads every column
+        limits = limits_of(model)
+        if not limits.trees:
+            logger.warning(
+                "%s cannot read packed prompts: padded rows are used, which is slower", model.config.model_type
+            )
         super().__init__(
-            model, args=args, data_collator=collate_packed_pairs, processing_class=processing_class, **kwargs
+            model, args=args, data_collator=PairCollator(limits), processing_class=processing_class, **kwargs
         )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
@@ -50,17 +80,19 @@ class BAPOTrainer(DPOTrainer):
         return PromptOrderSampler(prompts, self.args.seed)
 
     def _compute_loss(self, model, inputs, return_outputs):
-        # `model` may be wrapped for several processes; the head is found on the bare model.
-        head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        logps = branch_logps(model, head, inputs)
+        bare = self.accelerator.unwrap_model(model)  # `model` may be wrapped for several processes
+        logps = torch.cat([branch_logps(model, bare, sequence) for sequence in inputs["sequences"]])
         policy = Logps(*(logps[inputs[f"{role}_branch"]] for role in Logps._fields))
         reference = Logps(*(inputs[f"ref_{role}_logps"] for role in Logps._fields))
-        loss = self.objective(policy, reference, self.beta, self.lambda_).mean()
-        self._record(policy, reference)
+        losses = self.objective(policy, reference, self.beta, self.lambda_)
+        # An anchor-only prompt has no preference to learn: its constant log 2 is not part of the loss.
+        paired = inputs["chosen_branch"] != inputs["rejected_branch"]
+        loss = torch.where(paired, losses, losses - math.log(2)).mean()
+        self._record(policy, reference, paired)
         return (loss, {}) if return_outputs else loss
 
     @torch.no_grad()
-    def _record(self, policy: Logps, reference: Logps) -> None:
+    def _record(self, policy: Logps, reference: Logps, paired: Tensor) -> None:
         margin = margins(policy, reference, self.beta)
         drift = reference.base - policy.base
         values = {
@@ -76,8 +108,11 @@ class BAPOTrainer(DPOTrainer):
             values[f"logps/{role}"] = getattr(policy, role)
             values[f"logps_change/{role}"] = getattr(policy, role) - getattr(reference, role)
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for name, value in values.items():
-            metrics[name].append(self.accelerator.gather(value).mean().item())
+        everywhere = self.accelerator.gather(torch.stack([paired.float(), *values.values()], 1))
+        for column, name in enumerate(values, start=1):
+            rows = everywhere[everywhere[:, 0] == 1] if name in PAIR_METRICS else everywhere
+            if len(rows):
+                metrics[name].append(rows[:, column].mean().item())
 
 
 class PromptOrderSampler(Sampler[int]):

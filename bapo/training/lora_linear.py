@@ -1,0 +1,53 @@
+"""PEFT's LoRA linear layer with its products fused: the same numbers, fewer passes over memory."""
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+
+class FusedLoraLinear(Linear):
+    """y = x Wᵀ + s (x Aᵀ) Bᵀ with both sums inside the matrix products, forwards and backwards.
+
+    Written for the one adapter of a training run over a plain, frozen linear layer; everything else
+    takes PEFT's own way. What it saves is PEFT's.
+    """
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        adapter = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        plain = (
+            not self.disable_adapters
+            and not self.merged
+            and adapter in self.lora_A
+            and adapter not in self.lora_variant
+            and isinstance(self.lora_dropout[adapter], nn.Identity)
+            and type(self.base_layer) is nn.Linear
+            and not torch.is_autocast_enabled(x.device.type)
+            and "adapter_names" not in kwargs
+        )
+        if not plain:
+            return super().forward(x, *args, **kwargs)
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        result = _LoraProduct.apply(x.flatten(0, -2), self.base_layer.weight, a, b, self.scaling[adapter])
+        if self.base_layer.bias is not None:
+            result = result + self.base_layer.bias
+        return result.unflatten(0, x.shape[:-1])
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x [tokens, in], w [out, in], a [rank, in], b [out, rank] → [tokens, out]."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        narrow = x @ a.T
+        ctx.save_for_backward(x, w, a, b, narrow)
+        ctx.scaling = scaling
+        return (x @ w.T).addmm_(narrow, b.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, w, a, b, narrow = ctx.saved_tensors
+        inner = (upstream @ b).mul_(ctx.scaling)
+        grad_x = (upstream @ w).addmm_(inner, a) if ctx.needs_input_grad[0] else None
+        # Transposed, because narrow times wide is the faster product.
+        grad_b = (narrow.T @ upstream).mul_(ctx.scaling).T
+        return grad_x, None, inner.T @ x, grad_b, None

@@ -1,0 +1,223 @@
+"""One packed pass against its brute-force twin: every triple padded and run on its own."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers.models.gemma.modeling_gemma as gemma
+import transformers.models.llama.modeling_llama as llama
+import transformers.models.phi3.modeling_phi3 as phi3
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.attention.flex_attention import create_mask, flex_attention
+
+from bapo.inference.base import load_base
+from bapo.inference.prefix_tree import PromptTree, pack_trees
+from bapo.inference.scoring import branch_logps, response_logps
+from bapo.inference.token_logps import CHUNK, token_logps
+from bapo.inference.tree_attention import Limits, block_mask, limits_of
+from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.objectives import Logps, bapo
+from bapo.training.packing import ROLES, PairCollator, computed_tokens
+from tests.tiny import logps_apart
+
+TREES = Limits(trees=True, window=None, rope_switch=None)
+BETA, LAMBDA = 0.1, 5.0
+
+
+@pytest.fixture
+def norms_in_double(monkeypatch):
+    """These architectures run their norms in float32 whatever the model: too coarse to compare gradients by."""
+
+    def plain(self, states):
+        gain = 1.0 + self.weight if isinstance(self, gemma.GemmaRMSNorm) else self.weight
+        epsilon = self.eps if isinstance(self, gemma.GemmaRMSNorm) else self.variance_epsilon
+        return gain * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + epsilon)
+
+    for norm in (llama.LlamaRMSNorm, phi3.Phi3RMSNorm, gemma.GemmaRMSNorm):
+        monkeypatch.setattr(norm, "forward", plain)
+
+
+def policy_of(base, seed=3):
+    """The base under a LoRA adapter far from its start, where the policy is the base and nothing can go wrong."""
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora._register_custom_module({nn.Linear: FusedLoraLinear})
+    policy = get_peft_model(base.model, lora)
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in sorted(policy.named_parameters()):
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1
+    return policy.train()
+
+
+def rows_of(rejected_counts, lengths, seed=0):
+    """Rows of pairs: a group for each entry of `rejected_counts`, responses of the lengths given in turn."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return torch.randint(0, 250, (count,), generator=generator).tolist()
+
+    sizes = iter(lengths * 20)
+    rows = []
+    for rejected in rejected_counts:
+        prompt, chosen, base = tokens(next(sizes) + 1), tokens(next(sizes)), tokens(next(sizes))
+        for _ in range(rejected):
+            row = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": tokens(next(sizes)), "base_ids": base}
+            # References near what the tiny model says, so that the anchor is on in some rows and off in others.
+            rows.append({**row, **{f"ref_{role}_logps": -5.0 * len(row[f"{role}_ids"]) - len(rows) for role in ROLES}})
+    return rows
+
+
+def packed(policy, rows, budget=4096):
+    """(loss, logps by role) of the packed pass."""
+    batch = PairCollator(limits_of(policy), budget)(rows)
+    logps = torch.cat([branch_logps(policy, policy, sequence) for sequence in batch["sequences"]])
+    scored = Logps(*(logps[batch[f"{role}_branch"]] for role in ROLES))
+    reference = Logps(*(batch[f"ref_{role}_logps"].to(logps.dtype) for role in ROLES))
+    return bapo(scored, reference, BETA, LAMBDA).mean(), scored
+
+
+def apart(policy, rows):
+    """The same from one padded batch of three plain rows for each pair."""
+    losses, scored = [], []
+    for row in rows:
+        whole = [row["prompt_ids"] + row[f"{role}_ids"] for role in ROLES]
+        width = max(map(len, whole))
+        ids = torch.tensor([one + [0] * (width - len(one)) for one in whole])
+        mask = torch.tensor([[1] * len(one) + [0] * (width - len(one)) for one in whole])
+        logits = policy(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+        start = len(row["prompt_ids"])
+        logps = [sum(logits[i, j - 1, one[j]] for j in range(start, len(one))) for i, one in enumerate(whole)]
+        margin = BETA * ((logps[0] - row["ref_chosen_logps"]) - (logps[1] - row["ref_rejected_logps"]))
+        losses.append(torch.log1p(torch.exp(-margin)) + LAMBDA * torch.clamp(row["ref_base_logps"] - logps[2], min=0))
+        scored.append(torch.stack(logps))
+    return torch.stack(losses).mean(), Logps(*torch.stack(scored).T)
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def compare(policy, rows, dtype, budget=4096):
+    policy.to(dtype)
+    tolerance = {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-4}
+    (loss, logps), (twin_loss, twin_logps) = packed(policy, rows, budget), apart(policy, rows)
+    torch.testing.assert_close(loss, twin_loss, **tolerance)
+    for role, one, twin in zip(ROLES, logps, twin_logps, strict=True):
+        torch.testing.assert_close(one, twin, **tolerance, msg=role)
+    grads, twin_grads = gradients(policy, loss), gradients(policy, twin_loss)
+    largest = max(grad.abs().max().item() for grad in twin_grads.values())
+    assert largest > 1e-2
+    for name, grad in grads.items():
+        # Relative to the largest gradient: some entries are sums that cancel to nothing.
+        torch.testing.assert_close(grad / largest, twin_grads[name] / largest, rtol=0, atol=tolerance["atol"], msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("rejected", [1, 4, 5])
+def test_a_group_equals_its_triples_apart(tiny_base, norms_in_double, rejected, dtype):
+    compare(policy_of(tiny_base), rows_of([rejected], [5, 1, 9, 3, 12, 7, 1, 20]), dtype)
+
+
+@pytest.mark.parametrize("budget", [4096, 60], ids=["one sequence", "several"])
+def test_several_groups_equal_their_triples_apart(tiny_base, norms_in_double, budget):
+    rows = rows_of([4, 1, 2], [6, 11, 3, 1, 14])
+    batch = PairCollator(limits_of(tiny_base.model), budget)(rows)
+    assert len(batch["sequences"]) == (1 if budget == 4096 else 3)
+    compare(policy_of(tiny_base), rows, torch.float64, budget)
+
+
+def test_both_rope_regimes_of_phi3_in_one_batch(tiny_folders, settings, norms_in_double):
+    """Beyond 256 positions the tiny Phi-3 takes its long factors: by the branch, not by the packed length."""
+    base = load_base(replace(settings, base=str(tiny_folders["phi3"])))
+    short, long = rows_of([4], [6, 70, 80, 75, 66, 71, 90]), rows_of([2], [6, 261, 265, 263, 270], seed=1)
+    assert sum(len(row["rejected_ids"]) for row in short) > 256
+    batch = PairCollator(limits_of(base.model))([*short, *long])
+    assert [sequence["input_ids"].shape[1] > 700 for sequence in batch["sequences"]] == [False, True]
+    compare(policy_of(base), [*short, *long], torch.float64)
+
+
+def test_the_order_of_rejected_responses_changes_nothing(tiny_base):
+    policy = policy_of(tiny_base).double()
+    rows = rows_of([5], [6, 11, 3, 1, 14])
+    loss, logps = packed(policy, rows)
+    turned, turned_logps = packed(policy, [rows[i] for i in (3, 0, 4, 2, 1)])
+    assert loss.item() == pytest.approx(turned.item(), abs=1e-12)
+    torch.testing.assert_close(logps.rejected[[3, 0, 4, 2, 1]], turned_logps.rejected, rtol=0, atol=1e-12)
+
+
+def test_sliding_windows_and_strange_architectures_take_padded_rows(tiny_base, norms_in_double):
+    rows = rows_of([3, 1], [6, 11, 3, 1, 14])
+    policy = policy_of(tiny_base).double()
+    expected, _ = packed(policy, rows)
+    for limits in (Limits(False, None, None), Limits(True, 8, None)):
+        batch = PairCollator(limits)(rows)
+        assert all("tree" not in sequence for sequence in batch["sequences"])
+        logps = torch.cat([branch_logps(policy, policy, sequence) for sequence in batch["sequences"]])
+        scored = Logps(*(logps[batch[f"{role}_branch"]] for role in ROLES))
+        reference = Logps(*(batch[f"ref_{role}_logps"].double() for role in ROLES))
+        assert bapo(scored, reference, BETA, LAMBDA).mean().item() == pytest.approx(expected.item(), abs=1e-9)
+    some = PairCollator(Limits(True, 24, None))(rows)
+    assert ["tree" in sequence for sequence in some["sequences"]] == [False, True], "by the length of the group"
+
+
+def test_a_response_that_logits_are_softcapped_for(llama_base, monkeypatch):
+    """Models that do more than project (Cohere's and Gemma 2's settings) are asked for their own logits."""
+    model, head = llama_base.model, llama_base.model.get_output_embeddings()
+    plain = response_logps(model, model, [5, 6], [[7, 8], [9]])
+    model.config.final_logit_softcapping = 30.0
+    asked = []
+    hook = head.register_forward_hook(lambda module, inputs, output: asked.append(output.shape[0]))
+    through_logits = response_logps(model, model, [5, 6], [[7, 8], [9]])
+    hook.remove()
+    assert asked == [3]
+    torch.testing.assert_close(through_logits, plain, rtol=0, atol=1e-4)
+
+
+def test_packing_saves_what_pairs_share():
+    rows = rows_of([4], [1])
+    same = {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "base_ids": [8]}
+    rows = [{**row, **same, "rejected_ids": [6, 7, n]} for n, row in enumerate(rows)]
+    assert computed_tokens(PairCollator(TREES)(rows)) == (3 - 1) + 2 + 4 * 3 + 1
+    anchor_only = {**rows[0], "chosen_ids": [8], "rejected_ids": [8]}
+    batch = PairCollator(TREES)([anchor_only])
+    assert computed_tokens(batch) == 3
+    assert batch["chosen_branch"].equal(batch["rejected_branch"])
+
+
+def test_token_logps_and_their_gradient_against_the_whole_softmax():
+    torch.manual_seed(0)
+    head = nn.Linear(6, 40, bias=True).double().requires_grad_(False)
+    hidden = torch.randn(CHUNK + 5, 6, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 40, (CHUNK + 5,))
+    upstream = torch.randn(CHUNK + 5, dtype=torch.float64)
+    whole = head(hidden).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    (expected,) = torch.autograd.grad(whole @ upstream, hidden)
+    chunked = token_logps(hidden, head, labels)
+    (gradient,) = torch.autograd.grad(chunked @ upstream, hidden)
+    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="is trained"):
+        token_logps(hidden, head.requires_grad_(True), labels)
+
+
+def test_the_block_mask_of_flex_attention_is_the_same_attention():
+    """On CUDA the same tree runs as a block mask; here its pattern is compared, and its eager attention."""
+    trees = [PromptTree.grow([1, 2, 3], [[4, 5], [6]]), PromptTree.grow([7], [[8, 9, 10]])]
+    batch = pack_trees(trees)
+    mask = block_mask(batch["branches"], batch["tree"])
+    dense = create_mask(mask.mask_mod, 1, 1, 8, 8, device="cpu")[0, 0]
+    rows = ["1.......", "11......", "111.....", "1111....", "11..1...", ".....1..", ".....11.", ".....111"]
+    assert ["".join("1" if seen else "." for seen in row) for row in dense.tolist()] == rows
+    query, key, value = torch.randn(3, 1, 2, 8, 16)
+    eager = flex_attention(query, key, value, block_mask=mask)
+    plain = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=dense)
+    torch.testing.assert_close(eager, plain, rtol=0, atol=1e-5)
+
+
+def test_the_base_alone_scores_like_separate_passes(tiny_base):
+    responses = [[9, 8, 7], [33], [60, 61, 62, 63, 64, 65]]
+    scored = response_logps(tiny_base.model, tiny_base.model, [5, 17, 3], responses)
+    torch.testing.assert_close(scored, logps_apart(tiny_base.model, [5, 17, 3], responses), rtol=0, atol=1e-4)
