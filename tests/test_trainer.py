@@ -269,7 +269,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tiny_folders, settings, p
 def test_a_second_method_starts_without_computing_the_reference_again(tiny_folders, settings, pairs_file, monkeypatch):
     train_tiny(tiny_folders, settings, pairs_file, method="dpo")
     monkeypatch.setattr("bapo.training.rows.response_logps", lambda *a: pytest.fail("computed again"))
-    monkeypatch.setattr("bapo.inference.base_responses._generate", lambda *a: pytest.fail("generated again"))
+    monkeypatch.setattr("bapo.inference.base_responses.greedy_responses", lambda *a: pytest.fail("generated again"))
     folder, _, _ = train_tiny(tiny_folders, settings, pairs_file, method="bapo", lambda_=2.0)
     assert AdapterCard.read(folder).hyperparameters["lambda_"] == 2.0
 

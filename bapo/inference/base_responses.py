@@ -44,14 +44,15 @@ def base_responses(
     progress(len(keys) - len(missing), len(keys))
     for start in range(0, len(missing), BATCH):
         batch = missing[start : start + BATCH]
-        for prompt, response in zip(batch, _generate(base, batch, max_tokens), strict=True):
+        for prompt, response in zip(batch, greedy_responses(base, batch, max_tokens), strict=True):
             known[keys[prompt]] = asdict(response)
         progress(len(keys) - len(missing) + start + len(batch), len(keys))
     return {prompt: BaseResponse(**known[key]) for prompt, key in keys.items()}
 
 
 @torch.inference_mode()
-def _generate(base: Base, prompts: list[str], max_tokens: int) -> list[BaseResponse]:
+def greedy_responses(base: Base, prompts: Sequence[str], max_tokens: int) -> list[BaseResponse]:
+    """Greedy answers to prompts in one batch, from whatever policy `base.model` is at the moment."""
     encoded = [base.encode_prompt(prompt) for prompt in prompts]
     width = max(map(len, encoded))
     pad = base.end_of_turn

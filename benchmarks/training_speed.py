@@ -1,0 +1,238 @@
+"""Pairs per second of packed BAPO against TRL's DPOTrainer and against BAPO on padded triples. Run by hand, alone:
+
+    python -m benchmarks.training_speed FILE
+
+FILE holds prompts with one response per domain (JSON lines: `prompt`, `responses`); a pair is the
+literary response against each other one. Every side takes the same prompts in turn, forwards,
+backwards and optimiser, so that whatever slows the machine slows all; medians are printed. TRL runs
+as installed, with reference log-probs precomputed, no anchor, and the batch size that is fastest
+for it. Peak memory is that of a process which runs one side alone.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `python -m bapo train` does; it helps every side
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from peft import LoraConfig
+from torch import nn
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from bapo.inference.base import EMBEDDED, Base, load_base
+from bapo.inference.prefix_tree import PromptTree, pad_trees
+from bapo.pairs import Pair
+from bapo.settings import Settings
+from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.packing import ROLES, computed_tokens, predicted_tokens
+from bapo.training.rows import prepare_rows
+from bapo.training.trainer import BAPOTrainer
+
+PROMPTS_A_STEP = 2
+ROUNDS = 3
+BATCH_SIZES = (1, 2, 4, 8)  # of TRL, to choose from
+
+
+class Side:
+    """A trainer and its batches, one list of micro-batches per step."""
+
+    def __init__(self, trainer: DPOTrainer, steps: list[list[dict]], tokens: Callable[[dict], int]):
+        self.trainer, self.tokens = trainer, tokens
+        self.steps = [[trainer.data_collator(part) for part in _micro_batches(trainer, step)] for step in steps]
+        self.optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-5)
+        trainer.model.train()
+
+    def take(self, step: int) -> float:
+        """Seconds of one optimiser step."""
+        start = time.perf_counter()
+        for batch in self.steps[step]:
+            (self.trainer.compute_loss(self.trainer.model, batch) / len(self.steps[step])).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - start
+
+
+def _micro_batches(trainer: DPOTrainer, rows: list[dict]) -> list[list[dict]]:
+    size = trainer.args.per_device_train_batch_size
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def arguments(folder: str, batch_size: int, **more) -> DPOConfig:
+    return DPOConfig(
+        output_dir=folder, per_device_train_batch_size=batch_size, use_cpu=True, bf16=False, max_length=None,
+        gradient_checkpointing=False, report_to="none", disable_tqdm=True, **more,
+    )  # fmt: skip
+
+
+def lora(fused: bool) -> LoraConfig:
+    config = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if fused:
+        config._register_custom_module({nn.Linear: FusedLoraLinear})
+    return config
+
+
+def steps_of(file: Path) -> list[list[Pair]]:
+    """Pairs of each step."""
+    prompts = [json.loads(line) for line in file.read_text().splitlines()[: PROMPTS_A_STEP * ROUNDS]]
+    pairs = [
+        [
+            Pair(p["prompt"], p["responses"]["literature"], text)
+            for name, text in p["responses"].items()
+            if name != "literature"
+        ]
+        for p in prompts
+    ]
+    return [list(chain(*pairs[at : at + PROMPTS_A_STEP])) for at in range(0, len(pairs), PROMPTS_A_STEP)]
+
+
+def trl_side(steps: list[list[Pair]], folder: str, batch_size: int) -> Side:
+    base = fresh_base("sdpa")
+    rows = [
+        {"prompt": [{"role": "user", "content": pair.prompt}]}
+        | {name: [{"role": "assistant", "content": getattr(pair, name)}] for name in ("chosen", "rejected")}
+        for step in steps
+        for pair in step
+    ]
+    trainer = DPOTrainer(
+        base.model, args=arguments(folder, batch_size, precompute_ref_log_probs=True), processing_class=base.tokenizer,
+        train_dataset=Dataset.from_list(rows), peft_config=lora(fused=False),
+    )  # fmt: skip
+    trainer.pop_callback(PrinterCallback)
+    tokenised = iter(list(trainer.train_dataset))
+    side = Side(trainer, [[next(tokenised) for _ in step] for step in steps], lambda batch: batch["input_ids"].numel())
+    return side
+
+
+def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
+    base = fresh_base()
+    pairs = [pair for step in steps for pair in step]
+    rows = iter(prepare_rows(base, pairs, [], 512, Settings().cache).rows)
+    steps_rows = [[next(rows) for _ in step] for step in steps]
+    trainer = BAPOTrainer(
+        base.model, method="bapo", lambda_=5.0, args=arguments(folder, len(steps[0])), processing_class=base.tokenizer,
+        train_dataset=Dataset.from_list(steps_rows[0]), peft_config=lora(fused=packed),
+    )  # fmt: skip
+    if not packed:
+        trainer.data_collator = padded_triples
+    return Side(trainer, steps_rows, computed_tokens)
+
+
+def padded_triples(examples: list[dict]) -> dict:
+    """Pairs as anyone would write BAPO first: three rows for each pair, padded to the longest of the batch."""
+    trees = [PromptTree.grow(example["prompt_ids"], [example[f"{role}_ids"]]) for example in examples for role in ROLES]
+    batch: dict = {"sequences": [pad_trees(trees)]}
+    for number, role in enumerate(ROLES):
+        batch[f"{role}_branch"] = torch.arange(number, 3 * len(examples), 3)
+        batch[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
+    return batch
+
+
+def fresh_base(attention: str | None = None) -> Base:
+    base = load_base(Settings(base=EMBEDDED))
+    if attention:
+        base.model.set_attn_implementation(attention)
+    return base
+
+
+def matrix_rate() -> float:
+    """GFLOP/s of a product of large square matrices: what this machine can do."""
+    a, b = torch.randn(2, 2048, 2048)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / statistics.median(seconds) / 1e9
+
+
+def model_gflop(side: Side, step: int) -> float:
+    """Products with the model's weights that training a LoRA needs: once forwards, once backwards for the inputs."""
+    model, gflop = side.trainer.model, 0.0
+    head = model.get_output_embeddings().weight.numel()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) - head
+    for batch in side.steps[step]:
+        gflop += 4 * (linear * computed_tokens(batch) + head * predicted_tokens(batch)) / 1e9
+    return gflop
+
+
+def peak_megabytes(name: str, file: Path, batch_size: int) -> float:
+    command = [sys.executable, "-m", "benchmarks.training_speed", str(file), "--side", name, str(batch_size)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+
+
+def make(name: str, steps: list[list[Pair]], folder: str, batch_size: int) -> Side:
+    return trl_side(steps, folder, batch_size) if name == "trl" else bapo_side(steps, folder, packed=name == "packed")
+
+
+def report(file: Path) -> None:
+    steps = steps_of(file)
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {name: make(name, steps, folder, BATCH_SIZES[-1]) for name in ("trl", "plain", "packed")}
+        trl = sides["trl"]
+        by_size: dict[int, float] = {}
+        rows = [row for row in trl.trainer.train_dataset][: len(steps[0])]
+        for size in BATCH_SIZES:
+            trl.trainer.args.per_device_train_batch_size = size
+            candidate = Side(trl.trainer, [rows], trl.tokens)
+            by_size[size] = min(candidate.take(0) for _ in range(2))
+        best = min(by_size, key=by_size.__getitem__)
+        print("TRL, seconds for the first step by batch size:", {size: round(s, 1) for size, s in by_size.items()})
+        trl.trainer.args.per_device_train_batch_size = best
+        data = iter(list(trl.trainer.train_dataset))
+        sides["trl"] = Side(trl.trainer, [[next(data) for _ in step] for step in steps], trl.tokens)
+        seconds: dict[str, list[float]] = {name: [] for name in sides}
+        rates, used = [], []
+        for step in range(len(steps)):
+            for name, side in sides.items():
+                seconds[name].append(side.take(step))
+            rates.append(matrix_rate())
+            used.append(model_gflop(sides["packed"], step) / seconds["packed"][-1])
+    pairs = [len(step) for step in steps]
+    speed = {name: statistics.median(n / s for n, s in zip(pairs, seconds[name], strict=True)) for name in sides}
+    tokens = {name: sum(side.tokens(batch) for step in side.steps for batch in step) for name, side in sides.items()}
+    titles = {
+        "trl": f"trl.DPOTrainer, batch {best}, no anchor",
+        "plain": "BAPO, padded triples",
+        "packed": "BAPO, packed (the product)",
+    }
+    memory = {name: peak_megabytes(name, file, best) for name in ("trl", "packed")}
+    print(f"\n{sum(pairs)} pairs of {len(steps) * PROMPTS_A_STEP} prompts, {len(steps)} rounds, medians")
+    for name, title in titles.items():
+        shown = f"{memory[name]:7.0f} MB peak" if name in memory else ""
+        print(f"{title:36} {speed[name]:6.3f} pairs/s  {tokens[name]:7} tokens computed  {shown}")
+    print(f"packed / trl                         {speed['packed'] / speed['trl']:6.2f} ×")
+    print(f"packed / padded triples              {speed['packed'] / speed['plain']:6.2f} ×")
+    print(f"peak memory, packed / trl            {memory['packed'] / memory['trl']:6.2f} ×")
+    share = statistics.median(u / r for u, r in zip(used, rates, strict=True))
+    print(f"model FLOPs used, packed             {share:6.0%} of {statistics.median(rates):.0f} GFLOP/s")
+
+
+def main() -> None:
+    disable_progress_bar()
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    file = Path(sys.argv[1])
+    if sys.argv[2:3] == ["--side"]:
+        with tempfile.TemporaryDirectory() as folder:
+            side = make(sys.argv[3], steps_of(file), folder, int(sys.argv[4]))
+            for step in range(len(side.steps)):
+                side.take(step)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+    else:
+        report(file)
+
+
+if __name__ == "__main__":
+    main()

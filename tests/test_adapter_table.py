@@ -1,0 +1,47 @@
+"""What the README's table reads off answers, against counts by hand."""
+
+import pytest
+
+from benchmarks.adapter_table import FACTS, exclamations, grade, is_right, loops, table
+
+
+def test_right_answers_are_whole_words():
+    assert is_right("The capital is PARIS.", ["paris"])
+    assert not is_right("The comparison fails.", ["paris"])
+    assert is_right("It is H₂O, water.", ["h2o", "h₂o"])
+    assert not is_right("That makes 150.", ["15"])
+
+
+def test_sixty_plain_questions_that_do_not_give_their_answers_away():
+    assert len(FACTS) == len({item["question"] for item in FACTS}) == 60
+    for item in FACTS:
+        assert item["answers"], item["id"]
+        assert all(one == one.lower() for one in item["answers"]), item["id"]
+        assert not is_right(item["question"], item["answers"]), item["id"]
+
+
+def test_a_loop_is_four_words_four_times():
+    assert not loops("la femme la femme la femme la femme")  # "la femme la femme" three times
+    assert loops("la femme la femme la femme la femme la femme")
+    assert not loops("one two three four " * 3)
+    assert not loops("")
+
+
+def test_traits():
+    assert exclamations("Oh! What a day, my friend!") == pytest.approx(100 * 2 / 6)
+    hard = "Photosynthetic organisms preferentially sequester atmospheric carbon, notwithstanding seasonal variability."
+    assert grade(hard) > grade("The cat sat on the mat. It was warm.") + 10
+
+
+def test_the_table_ends_with_means_and_deviations():
+    rows = [
+        ["P2A", "bapo", 0.9, -6.0, -0.1, 1.0, 0.0, "words 90.0 → 40.0"],
+        ["P2B", "bapo", 1.0, 2.0, 0.1, 0.5, 0.5, ""],
+        ["P2A", "dpo", 0.9, 12.0, 0.2, 0.8, 0.0, ""],
+    ]
+    lines = table(rows).splitlines()
+    assert lines[2] == "| P2A | bapo | 0.900 | -6.0 | -0.100 | 100% | 0% | words 90.0 → 40.0 |"
+    assert (
+        lines[-1] == "| **mean of 2** | bapo | 0.950 ± 0.071 | -2.0 ± 5.7 | +0.000 ± 0.141 | 75% ± 35% | 25% ± 35% | |"
+    )
+    assert len(lines) == 6
