@@ -21,6 +21,7 @@ class FusedLoraLinear(Linear):
             and adapter not in self.lora_variant
             and isinstance(self.lora_dropout[adapter], nn.Identity)
             and type(self.base_layer) is nn.Linear
+            and self.lora_A[adapter].weight.dtype == x.dtype
             and not torch.is_autocast_enabled(x.device.type)
             and "adapter_names" not in kwargs
         )
