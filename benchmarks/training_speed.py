@@ -11,7 +11,7 @@ for it. Peak memory is that of a process which runs one side alone.
 
 import json
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -42,7 +42,7 @@ from bapo.training.trainer import BAPOTrainer
 
 PROMPTS_A_STEP = 2
 ROUNDS = 3
-BATCH_SIZES = (1, 2, 4, 8)  # of TRL, to choose from
+BATCH_SIZES = (8, 4, 2, 1)  # of TRL, to choose from; the first is also its warm-up
 
 
 class Side:
@@ -58,7 +58,9 @@ class Side:
         """Seconds of one optimiser step."""
         start = time.perf_counter()
         for batch in self.steps[step]:
-            (self.trainer.compute_loss(self.trainer.model, batch) / len(self.steps[step])).backward()
+            # BAPOTrainer goes backwards after every packed sequence, as its training step does.
+            for part in [{"parts": [part]} for part in batch["parts"]] if "parts" in batch else [batch]:
+                (self.trainer.compute_loss(self.trainer.model, part) / len(self.steps[step])).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return time.perf_counter() - start
@@ -120,8 +122,9 @@ def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
     pairs = [pair for step in steps for pair in step]
     rows = iter(prepare_rows(base, pairs, [], 512, Settings().cache).rows)
     steps_rows = [[next(rows) for _ in step] for step in steps]
+    batch_size = len(steps[0]) if packed else 2
     trainer = BAPOTrainer(
-        base.model, method="bapo", lambda_=5.0, args=arguments(folder, len(steps[0])), processing_class=base.tokenizer,
+        base.model, method="bapo", lambda_=5.0, args=arguments(folder, batch_size), processing_class=base.tokenizer,
         train_dataset=Dataset.from_list(steps_rows[0]), peft_config=lora(fused=packed),
     )  # fmt: skip
     if not packed:
@@ -132,11 +135,11 @@ def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
 def padded_triples(examples: list[dict]) -> dict:
     """Pairs as anyone would write BAPO first: three rows for each pair, padded to the longest of the batch."""
     trees = [PromptTree.grow(example["prompt_ids"], [example[f"{role}_ids"]]) for example in examples for role in ROLES]
-    batch: dict = {"sequences": [pad_trees(trees)]}
+    part: dict = {"sequence": pad_trees(trees), "share": 1.0}
     for number, role in enumerate(ROLES):
-        batch[f"{role}_branch"] = torch.arange(number, 3 * len(examples), 3)
-        batch[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
-    return batch
+        part[f"{role}_branch"] = torch.arange(number, 3 * len(examples), 3)
+        part[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
+    return {"parts": [part]}
 
 
 def fresh_base(attention: str | None = None) -> Base:
@@ -179,14 +182,14 @@ def make(name: str, steps: list[list[Pair]], folder: str, batch_size: int) -> Si
 def report(file: Path) -> None:
     steps = steps_of(file)
     with tempfile.TemporaryDirectory() as folder:
-        sides = {name: make(name, steps, folder, BATCH_SIZES[-1]) for name in ("trl", "plain", "packed")}
+        sides = {name: make(name, steps, folder, BATCH_SIZES[0]) for name in ("trl", "plain", "packed")}
         trl = sides["trl"]
         by_size: dict[int, float] = {}
         rows = [row for row in trl.trainer.train_dataset][: len(steps[0])]
         for size in BATCH_SIZES:
             trl.trainer.args.per_device_train_batch_size = size
             candidate = Side(trl.trainer, [rows], trl.tokens)
-            by_size[size] = min(candidate.take(0) for _ in range(2))
+            by_size[size] = candidate.take(0)
         best = min(by_size, key=by_size.__getitem__)
         print("TRL, seconds for the first step by batch size:", {size: round(s, 1) for size, s in by_size.items()})
         trl.trainer.args.per_device_train_batch_size = best
@@ -229,7 +232,9 @@ def main() -> None:
             side = make(sys.argv[3], steps_of(file), folder, int(sys.argv[4]))
             for step in range(len(side.steps)):
                 side.take(step)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+        # Not getrusage: a child's count starts at its parent's.
+        status = Path("/proc/self/status").read_text()
+        print(int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1000)
     else:
         report(file)
 

@@ -68,13 +68,21 @@ def rows_of(rejected_counts, lengths, seed=0):
     return rows
 
 
-def packed(policy, rows, budget=4096):
-    """(loss, logps by role) of the packed pass."""
-    batch = PairCollator(limits_of(policy), budget)(rows)
-    logps = torch.cat([branch_logps(policy, policy, sequence) for sequence in batch["sequences"]])
-    scored = Logps(*(logps[batch[f"{role}_branch"]] for role in ROLES))
-    reference = Logps(*(batch[f"ref_{role}_logps"].to(logps.dtype) for role in ROLES))
-    return bapo(scored, reference, BETA, LAMBDA).mean(), scored
+def packed(policy, rows, budget=4096, limits=None):
+    """(loss, logps by role in the order of the rows) of the packed pass."""
+    batch = PairCollator(limits or limits_of(policy), budget)(rows)
+    losses, scored = [], []
+    for part in batch["parts"]:
+        logps = branch_logps(policy, policy, part["sequence"])
+        own = Logps(*(logps[part[f"{role}_branch"]] for role in ROLES))
+        reference = Logps(*(part[f"ref_{role}_logps"].to(logps.dtype) for role in ROLES))
+        losses.append(part["share"] * bapo(own, reference, BETA, LAMBDA).mean())
+        scored.append((own, part["ref_rejected_logps"]))
+    # Parts come in an order of their own; the rows' references tell which is which.
+    order = [float(torch.tensor(row["ref_rejected_logps"])) for row in rows]
+    places = [order.index(value) for _, references in scored for value in references.tolist()]
+    back = torch.tensor(places).argsort()
+    return sum(losses), Logps(*(torch.cat(parts)[back] for parts in zip(*(own for own, _ in scored), strict=True)))
 
 
 def apart(policy, rows):
@@ -125,7 +133,7 @@ def test_a_group_equals_its_triples_apart(tiny_base, norms_in_double, rejected, 
 def test_several_groups_equal_their_triples_apart(tiny_base, norms_in_double, budget):
     rows = rows_of([4, 1, 2], [6, 11, 3, 1, 14])
     batch = PairCollator(limits_of(tiny_base.model), budget)(rows)
-    assert len(batch["sequences"]) == (1 if budget == 4096 else 3)
+    assert len(batch["parts"]) == (1 if budget == 4096 else 3)
     compare(policy_of(tiny_base), rows, torch.float64, budget)
 
 
@@ -135,7 +143,7 @@ def test_both_rope_regimes_of_phi3_in_one_batch(tiny_folders, settings, norms_in
     short, long = rows_of([4], [6, 70, 80, 75, 66, 71, 90]), rows_of([2], [6, 261, 265, 263, 270], seed=1)
     assert sum(len(row["rejected_ids"]) for row in short) > 256
     batch = PairCollator(limits_of(base.model))([*short, *long])
-    assert [sequence["input_ids"].shape[1] > 700 for sequence in batch["sequences"]] == [False, True]
+    assert [part["sequence"]["input_ids"].shape[1] > 700 for part in batch["parts"]] == [False, True]
     compare(policy_of(base), [*short, *long], torch.float64)
 
 
@@ -153,14 +161,11 @@ def test_sliding_windows_and_strange_architectures_take_padded_rows(tiny_base, n
     policy = policy_of(tiny_base).double()
     expected, _ = packed(policy, rows)
     for limits in (Limits(False, None, None), Limits(True, 8, None)):
-        batch = PairCollator(limits)(rows)
-        assert all("tree" not in sequence for sequence in batch["sequences"])
-        logps = torch.cat([branch_logps(policy, policy, sequence) for sequence in batch["sequences"]])
-        scored = Logps(*(logps[batch[f"{role}_branch"]] for role in ROLES))
-        reference = Logps(*(batch[f"ref_{role}_logps"].double() for role in ROLES))
-        assert bapo(scored, reference, BETA, LAMBDA).mean().item() == pytest.approx(expected.item(), abs=1e-9)
+        assert all("tree" not in part["sequence"] for part in PairCollator(limits)(rows)["parts"])
+        loss, _ = packed(policy, rows, limits=limits)
+        assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
     some = PairCollator(Limits(True, 24, None))(rows)
-    assert ["tree" in sequence for sequence in some["sequences"]] == [False, True], "by the length of the group"
+    assert ["tree" in part["sequence"] for part in some["parts"]] == [False, True], "by the length of the group"
 
 
 def test_a_response_that_logits_are_softcapped_for(llama_base, monkeypatch):
@@ -184,7 +189,7 @@ def test_packing_saves_what_pairs_share():
     anchor_only = {**rows[0], "chosen_ids": [8], "rejected_ids": [8]}
     batch = PairCollator(TREES)([anchor_only])
     assert computed_tokens(batch) == 3
-    assert batch["chosen_branch"].equal(batch["rejected_branch"])
+    assert batch["parts"][0]["chosen_branch"].equal(batch["parts"][0]["rejected_branch"])
 
 
 def test_token_logps_and_their_gradient_against_the_whole_softmax():

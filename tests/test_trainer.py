@@ -288,6 +288,27 @@ def test_accumulated_steps_equal_one_large_step(llama_base, tmp_path):
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_a_step_in_several_sequences_is_the_same_step(llama_base, tmp_path):
+    """The token budget decides what memory holds at a time, nothing else: metrics included."""
+    results = []
+    for budget in (4096, 1):
+        trainer = bapo_trainer(llama_base, with_reference(llama_base), tmp_path, max_steps=1, logging_steps=1)
+        disturb(trainer.model)
+        trainer.data_collator.budget = budget
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert len(batch["parts"]) == (1 if budget == 4096 else 2)
+        trainer.accelerator.gradient_accumulation_steps = trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.training_step(trainer.model, batch)
+        metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+        results.append((loss.item(), metrics, gradients(trainer.model)))
+        llama_base.model = trainer.model.unload()
+    (loss, metrics, grads), (loss_apart, metrics_apart, grads_apart) = results
+    assert loss_apart == pytest.approx(loss, rel=1e-5)
+    assert metrics_apart == pytest.approx(metrics, rel=1e-5)
+    for name, grad in grads.items():
+        torch.testing.assert_close(grads_apart[name], grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_anchor_only_prompts_add_their_anchor_and_no_preference(llama_base, tmp_path):
     rows = with_reference(llama_base)
     extra = {
@@ -353,8 +374,8 @@ def test_an_architecture_without_trees_trains_on_padded_rows_and_says_so(llama_b
     padded = bapo_trainer(llama_base, with_reference(llama_base), tmp_path)
     assert "padded rows are used" in caplog.text
     rows = list(packed.train_dataset)
-    assert "tree" in packed.data_collator(rows)["sequences"][0]
-    assert "tree" not in padded.data_collator(rows)["sequences"][0]
+    assert "tree" in packed.data_collator(rows)["parts"][0]["sequence"]
+    assert "tree" not in padded.data_collator(rows)["parts"][0]["sequence"]
 
 
 @pytest.mark.parametrize(

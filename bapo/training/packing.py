@@ -9,7 +9,7 @@ from bapo.inference.prefix_tree import PREFIX, Batch, PromptTree, pack_trees, pa
 from bapo.inference.tree_attention import Limits
 
 ROLES = ("chosen", "rejected", "base")
-TOKEN_BUDGET = 4096  # positions computed together; a larger group stays whole
+TOKEN_BUDGET = 1024  # positions computed together; a larger group stays whole
 
 
 class PairCollator:
@@ -25,34 +25,35 @@ class PairCollator:
         self.limits = limits
         self.budget = budget
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         """Collate dicts with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids` and the three `ref_*_logps`.
 
-        Returns `sequences`, a list of batches for `branch_logps`, and, each of shape [pairs],
-        `chosen_branch`, `rejected_branch` and `base_branch`, which number the branches through all
-        sequences, and the `ref_*_logps`.
+        Returns `parts`, one for each packed sequence: `sequence`, a batch for `branch_logps`; `share`,
+        the part's share of the pairs; and, each of shape [pairs of the part], `chosen_branch`,
+        `rejected_branch` and `base_branch`, which number the sequence's branches, and the `ref_*_logps`.
         """
         # dicts as ordered sets: prompt → response → branch number inside the prompt's group
         groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+        pairs: dict[tuple[int, ...], list[dict[str, Any]]] = {}
         for example in examples:
-            branches = groups.setdefault(tuple(example["prompt_ids"]), {})
+            prompt = tuple(example["prompt_ids"])
+            pairs.setdefault(prompt, []).append(example)
+            branches = groups.setdefault(prompt, {})
             for role in ROLES:
                 branches.setdefault(tuple(example[f"{role}_ids"]), len(branches))
         trees = {prompt: PromptTree.grow(prompt, list(branches)) for prompt, branches in groups.items()}
-        sequences = self._sequences(trees)
-        order = [prompt for sequence in sequences for prompt in sequence]
-        first = dict(zip(order, accumulate((len(groups[prompt]) for prompt in order), initial=0), strict=False))
-        batch: dict[str, Any] = {
-            "sequences": [self._lay_out([trees[prompt] for prompt in sequence]) for sequence in sequences]
-        }
-        for role in ROLES:
-            numbers = []
-            for example in examples:
-                prompt = tuple(example["prompt_ids"])
-                numbers.append(first[prompt] + groups[prompt][tuple(example[f"{role}_ids"])])
-            batch[f"{role}_branch"] = torch.tensor(numbers)
-            batch[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
-        return batch
+        parts = []
+        for prompts in self._sequences(trees):
+            first = accumulate((len(groups[prompt]) for prompt in prompts), initial=0)
+            part: dict[str, Any] = {"sequence": self._lay_out([trees[prompt] for prompt in prompts])}
+            offsets = dict(zip(prompts, first, strict=False))
+            own = [(prompt, example) for prompt in prompts for example in pairs[prompt]]
+            for role in ROLES:
+                numbers = [offsets[prompt] + groups[prompt][tuple(example[f"{role}_ids"])] for prompt, example in own]
+                part[f"{role}_branch"] = torch.tensor(numbers)
+                part[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for _, example in own])
+            parts.append({**part, "share": len(own) / len(examples)})
+        return {"parts": parts}
 
     def _sequences(self, trees: dict[tuple[int, ...], PromptTree]) -> list[list[tuple[int, ...]]]:
         """Prompts that go together: of one regime, alike in length, within the budget."""
@@ -73,9 +74,9 @@ class PairCollator:
 
 def computed_tokens(batch: dict[str, Any]) -> int:
     """Positions that a collated batch sends through the model, padding included."""
-    return sum(sequence["input_ids"].numel() for sequence in batch["sequences"])
+    return sum(part["sequence"]["input_ids"].numel() for part in batch["parts"])
 
 
 def predicted_tokens(batch: dict[str, Any]) -> int:
     """Positions of a collated batch at which the vocabulary is projected."""
-    return sum(int((sequence["branches"] != PREFIX).sum()) for sequence in batch["sequences"])
+    return sum(int((part["sequence"]["branches"] != PREFIX).sum()) for part in batch["parts"])

@@ -58,6 +58,7 @@ class BAPOTrainer(DPOTrainer):
     def __init__(self, model, *, method: str, lambda_: float, args: DPOConfig, processing_class, **kwargs):
         self.objective = METHODS[method]
         self.lambda_ = lambda_
+        self._scored: list[tuple[Logps, Logps, Tensor]] = []
         args.remove_unused_columns = False  # the collator reads every column
         limits = limits_of(model)
         if not limits.trees:
@@ -79,20 +80,41 @@ class BAPOTrainer(DPOTrainer):
         prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
         return PromptOrderSampler(prompts, self.args.seed)
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Each packed sequence forwards and backwards before the next: memory holds one at a time."""
+        *earlier, last = inputs["parts"]
+        loss = torch.zeros((), device=self.args.device)
+        for part in earlier:
+            with self.accelerator.no_sync(model):  # several processes exchange gradients once, with the last
+                loss = loss + super().training_step(model, {"parts": [part]}, num_items_in_batch)
+        loss = loss + super().training_step(model, {"parts": [last]}, num_items_in_batch)
+        self._record()
+        return loss
+
     def _compute_loss(self, model, inputs, return_outputs):
+        """The parts' contribution to the mean over the batch's pairs."""
         bare = self.accelerator.unwrap_model(model)  # `model` may be wrapped for several processes
-        logps = torch.cat([branch_logps(model, bare, sequence) for sequence in inputs["sequences"]])
-        policy = Logps(*(logps[inputs[f"{role}_branch"]] for role in Logps._fields))
-        reference = Logps(*(inputs[f"ref_{role}_logps"] for role in Logps._fields))
-        losses = self.objective(policy, reference, self.beta, self.lambda_)
-        # An anchor-only prompt has no preference to learn: its constant log 2 is not part of the loss.
-        paired = inputs["chosen_branch"] != inputs["rejected_branch"]
-        loss = torch.where(paired, losses, losses - math.log(2)).mean()
-        self._record(policy, reference, paired)
+        loss = torch.zeros((), device=self.args.device)
+        for part in inputs["parts"]:
+            logps = branch_logps(model, bare, part["sequence"])
+            policy = Logps(*(logps[part[f"{role}_branch"]] for role in Logps._fields))
+            reference = Logps(*(part[f"ref_{role}_logps"] for role in Logps._fields))
+            losses = self.objective(policy, reference, self.beta, self.lambda_)
+            # An anchor-only prompt has no preference to learn: its constant log 2 is not part of the loss.
+            paired = part["chosen_branch"] != part["rejected_branch"]
+            loss = loss + part["share"] * torch.where(paired, losses, losses - math.log(2)).mean()
+            self._scored.append((Logps(*(one.detach() for one in policy)), reference, paired))
+        if not self.model.training:
+            self._record()
         return (loss, {}) if return_outputs else loss
 
     @torch.no_grad()
-    def _record(self, policy: Logps, reference: Logps, paired: Tensor) -> None:
+    def _record(self) -> None:
+        """Turn what was scored since the last call, one batch, into metrics."""
+        policies, references, pairings = zip(*self._scored, strict=True)
+        self._scored.clear()
+        policy, reference = (Logps(*map(torch.cat, zip(*parts, strict=True))) for parts in (policies, references))
+        paired = torch.cat(pairings)
         margin = margins(policy, reference, self.beta)
         drift = reference.base - policy.base
         values = {
