@@ -8,20 +8,14 @@ import sys
 import pytest
 
 from bapo.settings import REPOSITORY
+from tests.tiny import write_pairs
 
 COLUMNS = ("logps/chosen", "logps/rejected", "logps/base", "drift", "rewards/margins", "loss/anchor", "loss/preference")
 
 
 @pytest.fixture
 def pairs_file(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    rows = [
-        {"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"{word} {i}"}
-        for i in range(9)
-        for word in ("no", "never")
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
+    return write_pairs(tmp_path / "pairs.jsonl", prompts=9)
 
 
 def train(folder, base, pairs_file, *launcher):

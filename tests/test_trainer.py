@@ -18,7 +18,7 @@ from bapo.inference.scoring import response_logps
 from bapo.training.plan import TrainingPlan
 from bapo.training.run import Progress, run
 from bapo.training.trainer import BAPOTrainer, PromptOrderSampler
-from tests.tiny import logps_apart
+from tests.tiny import logps_apart, write_pairs
 
 # Two prompts; the first has three pairs that share chosen and base response. One response is one token.
 ROWS = [
@@ -153,14 +153,7 @@ def test_prompts_stay_together_and_every_pair_comes_once():
 
 @pytest.fixture
 def pairs_file(tmp_path):
-    file = tmp_path / "pairs.jsonl"
-    rows = [
-        {"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"{word} {i}"}
-        for i in range(6)
-        for word in ("no", "never")
-    ]
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
+    return write_pairs(tmp_path / "pairs.jsonl", prompts=6)
 
 
 def train_tiny(tiny_folders, settings, pairs_file, tell=None, **plan):

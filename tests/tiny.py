@@ -1,6 +1,7 @@
 """Tiny random models of the three architectures, with tokenizers and adapters to match."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,17 @@ def make_adapter(base: Base, store: AdapterStore, preference: str, method: str, 
         versions={},
     )
     return store.install(scratch, card)
+
+
+def write_pairs(file: Path, prompts: int) -> Path:
+    """A small file of preference pairs, two for each prompt."""
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"{word} {i}"}
+        for i in range(prompts)
+        for word in ("no", "never")
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
 
 
 def needs_shared(name: str) -> Path:
