@@ -33,14 +33,16 @@ from bapo.training.plan import TrainingPlan
 from bapo.training.rows import prepare_rows
 from bapo.training.trainer import BAPOTrainer
 
-PHASES = ("base responses", "reference", "training", "evaluating")
 LIBRARIES = ("torch", "transformers", "trl", "peft")
 CHECKPOINT_STEPS = 20  # what an interrupted run may lose
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands. `eta_seconds` concerns the phase and is None until a speed is known."""
+    """Where a run stands; phases: "base responses", "reference", "training", "evaluating".
+
+    `eta_seconds` concerns the phase and is None until a speed is known.
+    """
 
     phase: str
     done: int
