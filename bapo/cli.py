@@ -119,7 +119,7 @@ def train_command(args: argparse.Namespace, settings: Settings) -> int:
     given = {name: value for name, value in given.items() if value is not None}
     if args.all:
         if given:
-            raise BapoError("--all trains the shipped recipe: leave the other settings out.")
+            raise BapoError("--all trains with its own settings: leave the others out.")
         base = load_base(settings)
         store = AdapterStore(settings.adapters, base.name, base.fingerprint)
         print(f"{len(missing_plans(store))} adapters to train, the others are there", file=sys.stderr)

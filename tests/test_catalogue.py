@@ -71,6 +71,6 @@ def test_all_trains_what_is_missing_and_then_nothing(tiny_folders, settings, few
 
 def test_all_takes_no_other_settings(capsys):
     assert main(["train", "--all", "--epochs", "2"]) == 2
-    assert "leave the other settings out" in capsys.readouterr().err
+    assert "leave the others out" in capsys.readouterr().err
     assert main(["train"]) == 2
     assert "--preference" in capsys.readouterr().err

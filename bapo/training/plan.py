@@ -11,10 +11,10 @@ from bapo.pairs import Pair, own_pairs, read_prompts, split_by_prompt, usable_pa
 from bapo.preferences import CATALOGUE
 from bapo.training.objectives import METHODS
 
-# What the shipped adapters are trained with, by family. A step holds whole prompts: five or three pairs each.
+# What `--all` changes of the defaults, by family. A step holds whole prompts: five or three pairs each.
 RECIPES: dict[str, dict] = {
-    "style": {"batch_size": 10, "learning_rate": 5e-4, "last_layers": 18},
-    "domain": {"batch_size": 9, "learning_rate": 5e-4, "last_layers": 18},
+    "style": {"batch_size": 10},
+    "domain": {"batch_size": 9},
 }
 
 
@@ -80,7 +80,7 @@ class TrainingPlan:
 
 
 def catalogue_plans() -> list[TrainingPlan]:
-    """The plans of the shipped adapters: every preference of the catalogue under every method."""
+    """Every preference of the catalogue under every method."""
     return [
         TrainingPlan(preference=preference.id, method=method, **RECIPES[preference.family])
         for preference in CATALOGUE.values()
