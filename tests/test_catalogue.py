@@ -1,5 +1,6 @@
 """Training the whole catalogue: one after another, skipping what is there, going on where it was cut off."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,24 +8,36 @@ import pytest
 from bapo.adapters import AdapterStore
 from bapo.cli import main
 from bapo.inference.base import load_base
+from bapo.pairs import preference_set, read_prompts
 from bapo.preferences import CATALOGUE
+from bapo.settings import REPOSITORY
 from bapo.training import catalogue
 from bapo.training.catalogue import missing_plans, train_all
-from bapo.training.plan import TrainingPlan, catalogue_plans
+from bapo.training.plan import ANCHOR_PROMPTS, TrainingPlan, catalogue_plans
 
 
 def test_every_preference_under_every_method():
     plans = catalogue_plans()
     assert len(plans) == 20
     assert {(plan.preference, plan.method) for plan in plans} == {(p, m) for p in CATALOGUE for m in ("dpo", "bapo")}
-    # Both methods of a preference differ in nothing else: their figures are compared.
+    # Both methods of a preference differ in the anchor alone: their figures are compared.
     for dpo, bapo in zip(plans[::2], plans[1::2], strict=True):
-        assert replace(dpo, method="bapo") == bapo
+        anchored = {"anchor_prompts": bapo.anchor_prompts, "batch_size": dpo.batch_size + 1}
+        assert replace(dpo, method="bapo", **anchored) == bapo
     for plan in plans:
         pairs, held_out = plan.load_pairs()
+        anchors = plan.load_anchor_prompts()
         group = 5 if plan.preference.startswith("P") else 3
         assert (len(pairs), len(held_out)) == (132 * group, 34 * group)
-        assert plan.batch_size % group == 0, "no prompt is split over two steps"
+        assert len(anchors) == (132 if plan.method == "bapo" else 0)
+        assert plan.batch_size == group + (plan.method == "bapo"), "a step is one prompt, and one anchor"
+
+
+def test_anchor_prompts_are_neither_trained_nor_asked():
+    anchors = set(map(str.lower, read_prompts(ANCHOR_PROMPTS)))
+    facts = (REPOSITORY / "benchmarks" / "facts.jsonl").read_text().splitlines()
+    assert not anchors & {json.loads(line)["question"].lower() for line in facts}
+    assert not anchors & {item.prompt.lower() for item in preference_set()}
 
 
 @pytest.fixture

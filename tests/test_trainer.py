@@ -136,7 +136,7 @@ def test_a_row_without_its_columns_is_refused(llama_base, tmp_path):
 
 
 def test_prompts_stay_together_and_every_pair_comes_once():
-    sampler = PromptOrderSampler([(1,), (2,), (1,), (3,), (2,), (1,)], seed=0)
+    sampler = PromptOrderSampler([(1,), (2,), (1,), (3,), (2,), (1,)], [True] * 6, seed=0)
     order = list(sampler)
     assert sorted(order) == list(range(6))
     for group in ([0, 2, 5], [1, 4]):
@@ -149,6 +149,15 @@ def test_prompts_stay_together_and_every_pair_comes_once():
         sampler.set_epoch(epoch)
         epochs.add(tuple(sampler))
     assert len(epochs) > 1
+
+
+def test_anchor_only_prompts_are_spread_evenly():
+    prompts = [(1,), (1,), (2,), (2,), (3,), (3,), (7,), (8,), (9,), (10,)]
+    order = list(PromptOrderSampler(prompts, [True] * 6 + [False] * 4, seed=0))
+    assert sorted(order) == list(range(10))
+    assert ["a" if row >= 6 else "p" for row in order] == list("ppappappaa")
+    alone = list(PromptOrderSampler(prompts[:6], [True] * 6, seed=0))
+    assert [row for row in order if row < 6] == alone, "with and without anchors the pairs come in the same order"
 
 
 @pytest.fixture

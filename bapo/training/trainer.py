@@ -78,7 +78,8 @@ class BAPOTrainer(DPOTrainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         prompts = [tuple(ids) for ids in dataset["prompt_ids"]]
-        return PromptOrderSampler(prompts, self.args.seed)
+        paired = [row["chosen_ids"] != row["rejected_ids"] for row in dataset]
+        return PromptOrderSampler(prompts, paired, self.args.seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Each packed sequence forwards and backwards before the next: memory holds one at a time."""
@@ -138,15 +139,20 @@ class BAPOTrainer(DPOTrainer):
 
 
 class PromptOrderSampler(Sampler[int]):
-    """Every pair once an epoch, prompts in random order, the pairs of a prompt side by side.
+    """Every row once an epoch, prompts in random order, the pairs of a prompt side by side.
 
-    Neighbours share a tree, so this order is what makes packing pay.
+    Neighbours share a tree, so this order is what makes packing pay. Anchor-only prompts (not `paired`)
+    are spread evenly between the others, so that every step has its share of them.
     """
 
-    def __init__(self, prompts: list[tuple[int, ...]], seed: int):
-        self.rows: dict[tuple[int, ...], list[int]] = {}
+    def __init__(self, prompts: list[tuple[int, ...]], paired: list[bool], seed: int):
+        self.groups: dict[tuple[int, ...], list[int]] = {}
+        self.anchors: list[int] = []
         for row, prompt in enumerate(prompts):
-            self.rows.setdefault(prompt, []).append(row)
+            if paired[row]:
+                self.groups.setdefault(prompt, []).append(row)
+            else:
+                self.anchors.append(row)
         self.count = len(prompts)
         self.seed = seed
         self.epoch = 0
@@ -156,9 +162,15 @@ class PromptOrderSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        groups = list(self.rows.values())
-        for group in torch.randperm(len(groups), generator=generator).tolist():
+        groups = list(self.groups.values())
+        order = torch.randperm(len(groups), generator=generator).tolist()
+        anchors = torch.randperm(len(self.anchors), generator=generator).tolist()
+        given = 0
+        for number, group in enumerate(order, start=1):
             yield from groups[group]
+            due = number * len(anchors) // len(groups)
+            yield from (self.anchors[anchor] for anchor in anchors[given:due])
+            given = due
 
     def __len__(self) -> int:
         return self.count
