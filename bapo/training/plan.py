@@ -5,6 +5,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bapo.errors import BapoError
 from bapo.pairs import Pair, own_pairs, read_prompts, split_by_prompt, usable_pairs
@@ -15,7 +16,7 @@ ANCHOR_PROMPTS = Path(__file__).parent.parent / "data" / "anchor_prompts.txt"
 # What `--all` changes of the defaults. A step is one prompt with its pairs (five of a style, three of a domain),
 # under BAPO with one anchor-only question beside it: half of our set, once, in small steps. The last 18 of the
 # embedded base's 30 layers carry the taste as well as all of them do, at 60 % of the size.
-RECIPE = {"learning_rate": 2e-4, "epochs": 0.5, "last_layers": 18}
+RECIPE: dict[str, Any] = {"learning_rate": 2e-4, "epochs": 0.5, "last_layers": 18}
 PAIRS_A_PROMPT = {"style": 5, "domain": 3}
 
 
