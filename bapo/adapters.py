@@ -5,8 +5,9 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from bapo.errors import BapoError
@@ -14,6 +15,7 @@ from bapo.errors import BapoError
 CARD = "bapo.json"
 WEIGHTS = "adapter_model.safetensors"  # never a pickle: unpickling can run code
 CONFIG = "adapter_config.json"
+BIN = ".bin"  # deleted adapters, until their deletion can no longer be undone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +42,13 @@ class AdapterCard:
     training_pairs: int
     held_out: HeldOut | None
     versions: dict[str, str]
+    description: str = ""
 
     def write(self, folder: Path) -> None:
         (folder / CARD).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def renamed(self, preference: str, method: str) -> "AdapterCard":
+        return replace(self, preference=preference, method=method)
 
     @classmethod
     def read(cls, folder: Path) -> "AdapterCard":
@@ -64,9 +70,24 @@ class Adapter:
         return adapter_name(self.card.preference, self.card.method)
 
     @property
+    def key(self) -> str:
+        """Tells adapters of one name but of different owners apart."""
+        return f"{self.name}-{hashlib.sha256(str(self.folder).encode()).hexdigest()[:12]}"
+
+    @property
     def sha256(self) -> str:
         """SHA-256 (hex) of the weights file."""
         return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def flush(folder: Path) -> None:
+    """Have the folder's files on the disk itself, so that a rename never comes before what it names."""
+    for path in [*(path for path in folder.rglob("*") if path.is_file()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def adapter_name(preference: str, method: str) -> str:
@@ -74,12 +95,22 @@ def adapter_name(preference: str, method: str) -> str:
 
 
 class AdapterStore:
-    """The adapters of one base: `<root>/<base>/<preference>-<method>/`."""
+    """The adapters of one base: `<root>/<base>/<preference>-<method>/`.
 
-    def __init__(self, root: Path, base_name: str, base_fingerprint: str):
+    What lies in the folder `shared` of the same shape can be seen and used as well; an adapter of the
+    store's own goes before a shared one of the same name.
+    """
+
+    def __init__(self, root: Path, base_name: str, base_fingerprint: str, shared: Path | None = None):
+        self.root = root
         self.folder = root / base_name
+        self.shared = shared / base_name if shared else None
         self.base_name = base_name
         self.base_fingerprint = base_fingerprint
+
+    def of(self, root: Path) -> "AdapterStore":
+        """The store of another owner, to whom this one's adapters are shared."""
+        return AdapterStore(root, self.base_name, self.base_fingerprint, shared=self.root)
 
     def adapters(self) -> list[Adapter]:
         """Every adapter that fits the base, by name. What does not fit is in `refused`."""
@@ -112,11 +143,91 @@ class AdapterStore:
             )
         return found[preference]
 
+    def named(self, name: str) -> Adapter:
+        """The adapter `<preference>-<method>`; a `BapoError` where there is none."""
+        found = next((adapter for adapter in self.adapters() if adapter.folder.name == name), None)
+        if found is None:
+            raise BapoError(f"There is no adapter {name!r}; there are {', '.join(a.name for a in self.adapters())}.")
+        return found
+
+    def owns(self, adapter: Adapter) -> bool:
+        """Whether the adapter is the store's own, and not one that is shared with it."""
+        return adapter.folder.parent == self.folder
+
+    def rename(self, adapter: Adapter, preference: str) -> Adapter:
+        """Give an adapter of the store's own another name."""
+        self._require_own(adapter)
+        target = self.place(preference, adapter.card.method)
+        if target.exists():
+            raise BapoError(f"There is an adapter {target.name} already. Choose another name.")
+        scratch = self.scratch(target)
+        shutil.copytree(adapter.folder, scratch, dirs_exist_ok=True)
+        self.install(scratch, adapter.card.renamed(preference, adapter.card.method))
+        shutil.rmtree(adapter.folder)
+        return self.named(target.name)
+
+    def publish(self, adapter: Adapter, shared: "AdapterStore") -> Adapter:
+        """Move an adapter of the store's own to where everyone sees it."""
+        self._require_own(adapter)
+        target = shared.place(adapter.card.preference, adapter.card.method)
+        if target.exists():
+            raise BapoError(f"There is a shared adapter {target.name} already. Rename yours first.")
+        scratch = shared.scratch(target)
+        shutil.copytree(adapter.folder, scratch, dirs_exist_ok=True)
+        shared.install(scratch, adapter.card)
+        shutil.rmtree(adapter.folder)
+        return shared.named(target.name)
+
+    def remove(self, adapter: Adapter) -> str:
+        """Put an adapter of the store's own into the bin; returns what `restore` needs."""
+        self._require_own(adapter)
+        held = f"{time.time_ns()}-{adapter.folder.name}"
+        (self.folder / BIN).mkdir(exist_ok=True)
+        adapter.folder.rename(self.folder / BIN / held)
+        return held
+
+    def restore(self, held: str) -> Adapter:
+        """Take an adapter out of the bin again."""
+        found = next((path for path in (self.folder / BIN).glob("*") if path.name == held), None)
+        if found is None:
+            raise BapoError("It is not in the bin any more.")
+        target = self.folder / held.split("-", 1)[1]
+        if target.exists():
+            raise BapoError(f"There is another adapter {target.name} by now. Rename that one first.")
+        found.rename(target)
+        return self.named(target.name)
+
+    def empty_bin(self, older_than_seconds: float = 0.0) -> None:
+        """Remove for good what was put into the bin long enough ago."""
+        for path in (self.folder / BIN).glob("*"):
+            if time.time_ns() - int(path.name.split("-", 1)[0]) >= older_than_seconds * 10**9:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _require_own(self, adapter: Adapter) -> None:
+        if not self.owns(adapter):
+            raise BapoError(f"{adapter.name} belongs to everyone here: only the operator may change it.")
+
     def place(self, preference: str, method: str) -> Path:
         """The folder an adapter of this name lives in, there or not."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", preference):
             raise BapoError(f"A preference is named with letters, digits, '-' and '_' alone, not {preference!r}.")
         return self.folder / adapter_name(preference, method)
+
+    def scratch(self, target: Path) -> Path:
+        """An empty, hidden folder beside `target`, to be filled and then given to `install`."""
+        folder = target.with_name(f".{target.name}.new")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def clear_scratch(self, preference: str, method: str) -> None:
+        """Undo what a process left behind that died while it installed an adapter of this name."""
+        target = self.place(preference, method)
+        former = target.with_name(f".{target.name}.former")
+        if former.is_dir() and not target.exists():
+            former.rename(target)  # it died between the two renames of `install`
+        for folder in (former, target.with_name(f".{target.name}.new")):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def install(self, scratch: Path, card: AdapterCard) -> Path:
         """Move a finished adapter folder into place in one rename; an earlier one of that name makes room first."""
@@ -125,8 +236,10 @@ class AdapterStore:
             raise BapoError(f"The adapter was not installed: {fault}.")
         target = self.place(card.preference, card.method)
         target.parent.mkdir(parents=True, exist_ok=True)
+        flush(scratch)
         if target.exists():
-            former = target.with_name(f".{target.name}.former-{os.getpid()}")
+            former = target.with_name(f".{target.name}.former")
+            shutil.rmtree(former, ignore_errors=True)
             target.rename(former)
             try:
                 scratch.rename(target)
@@ -156,5 +269,8 @@ class AdapterStore:
         return adapter
 
     def _folders(self) -> Iterator[Path]:
-        if self.folder.is_dir():
-            yield from sorted(path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        found: dict[str, Path] = {}
+        for folder in (self.shared, self.folder):
+            if folder and folder.is_dir():
+                found |= {path.name: path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."}
+        yield from (found[name] for name in sorted(found))

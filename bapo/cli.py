@@ -7,13 +7,17 @@ import sys
 import warnings
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 # Before the libraries are imported: a terminal wants results, not their advice to programmers.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from tqdm import tqdm
 
+from bapo.cli_jobs import add_jobs_commands
 from bapo.errors import BapoError
+from bapo.jobs.process import Stopped
+from bapo.pair_files import read_limits
 from bapo.preferences import CATALOGUE
 from bapo.settings import Settings
 
@@ -36,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"bapo: {error}. Free space there, or point BAPO_CACHE and BAPO_ADAPTERS elsewhere.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped):
         print("\nbapo: stopped", file=sys.stderr)
         return 130
 
@@ -93,14 +97,44 @@ def score_command(args: argparse.Namespace, settings: Settings) -> int:
 def pairs_check_command(args: argparse.Namespace, settings: Settings) -> int:
     from bapo.pairs import read_pairs
 
-    report = read_pairs(args.file)
+    report = read_pairs(args.file, columns=_columns(args.columns), wanted=args.wanted, limits=read_limits(settings))
     if args.json:
         print(json.dumps(report.as_dict(), ensure_ascii=False))
     else:
         print(f"{report.file}: {len(report.pairs)} pairs of {report.prompts} prompts, {len(report.problems)} problems")
         for line in (*report.problems, *report.notes):
             print(f"  {line}")
+        if report.question:
+            print(f"  {report.question} There are {', '.join(report.names or report.columns)}.")
     return 2 if report.problems or not report.pairs else 0
+
+
+def pairs_convert_command(args: argparse.Namespace, settings: Settings) -> int:
+    from bapo.pairs import read_pairs, write_pairs
+
+    report = read_pairs(args.file, columns=_columns(args.columns), wanted=args.wanted, limits=read_limits(settings))
+    if report.question:
+        raise BapoError(f"{report.question} There are {', '.join(report.names or report.columns)}.")
+    if report.problems and not args.leave_out_faulty:
+        raise BapoError(
+            f"{report.faulty_rows} rows are faulty, the first: {report.problems[0]}. Add --leave-out-faulty."
+        )
+    write_pairs(report.pairs, args.out)
+    said = {"file": str(args.out), "pairs": len(report.pairs), "left_out": report.faulty_rows}
+    print(
+        json.dumps(said) if args.json else f"{args.out}: {len(report.pairs)} pairs, {report.faulty_rows} rows left out"
+    )
+    return 0
+
+
+def _columns(given: str | None) -> dict[str, str] | None:
+    """`prompt=a,chosen=b,rejected=c` as a dict."""
+    if given is None:
+        return None
+    columns = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
+    if set(columns) != {"prompt", "chosen", "rejected"}:
+        raise BapoError("Name the columns as --columns prompt=…,chosen=…,rejected=…")
+    return columns
 
 
 def train_command(args: argparse.Namespace, settings: Settings) -> int:
@@ -115,7 +149,7 @@ def train_command(args: argparse.Namespace, settings: Settings) -> int:
 
     if args.all == bool(args.preference):
         raise BapoError("Say which preference to train with --preference, or train the whole catalogue with --all.")
-    given = {field.name: getattr(args, field.name) for field in fields(TrainingPlan)}
+    given: dict[str, Any] = {field.name: getattr(args, field.name, None) for field in fields(TrainingPlan)}
     given = {name: value for name, value in given.items() if value is not None}
     if args.all:
         if given:
@@ -239,8 +273,17 @@ def _parser() -> argparse.ArgumentParser:
     pairs = commands.add_parser("pairs", help="Work with files of preference pairs.")
     pairs_commands = pairs.add_subparsers(required=True, metavar="COMMAND")
     check = command("check", pairs_check_command, "Say what a file holds and what is wrong with it.", pairs_commands)
-    check.add_argument("file", type=Path)
-    check.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    convert = command(
+        "convert", pairs_convert_command, "Write a file's pairs as the JSON lines that training reads.", pairs_commands
+    )
+    for sub in (check, convert):
+        sub.add_argument("file", type=Path)
+        sub.add_argument("--columns", metavar="prompt=A,chosen=B,rejected=C", help="where they have other names")
+        sub.add_argument("--wanted", metavar="NAME", help="the preferred one, where responses go by name")
+        sub.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    convert.add_argument("out", type=Path)
+    convert.add_argument("--leave-out-faulty", action="store_true", help="write the sound rows of a file with faults")
+    add_jobs_commands(commands, command)
 
     fetch = command("fetch", fetch_command, "Fetch the base's weights, so that the app starts quickly.")
     fetch.add_argument("--base", help="a preset or a hub id (default: BAPO_BASE, else by the machine)")

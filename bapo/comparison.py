@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
-from bapo.adapters import Adapter
+from bapo.adapters import Adapter, AdapterStore
 from bapo.evaluation import BASE, Drift, PairLogps, mean_drift, reward_accuracy
+from bapo.pair_layouts import Prompt
 from bapo.pairs import Pair
 
 if TYPE_CHECKING:  # another engine, a server say, will stand behind the same calls
@@ -119,13 +120,16 @@ class _Run:
                 self.base_tokens.append(BaseToken(piece.text, {BASE: piece.logp, **following}))
 
 
-def compare(engine: LocalEngine, prompt: str, preference: str, sampling: Sampling) -> Iterator[Frame]:
+def compare(
+    engine: LocalEngine, prompt: str, preference: str, sampling: Sampling, store: AdapterStore | None = None
+) -> Iterator[Frame]:
     """Stream frames until every policy has answered; close the iterator to stop at once.
 
-    Raises `BapoError` where the prompt or the preference cannot be used.
+    The adapters come from `store`, the engine's own where it is not given. Raises `BapoError` where the
+    prompt or the preference cannot be used.
     """
     engine.check(prompt, sampling)
-    found = engine.store.for_preference(preference)
+    found = (store or engine.store).for_preference(preference)
     methods = [method for method in METHODS if method in found]
     frame = Frame(preference, engine.base_name)
     with engine.turns.ticket() as ticket:
@@ -159,17 +163,19 @@ def score_pairs(
     pairs: Sequence[Pair],
     preference: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    store: AdapterStore | None = None,
 ) -> dict:
     """Log-probs of chosen, rejected and base response of every pair under base, DPO and BAPO.
 
     Returns a JSON-ready dict: `pairs` (one entry each), `reward_accuracy` over pairs and `drift`
-    averaged over prompts, both by method, and `base` and `preference`.
+    averaged over prompts, both by method, and `base` and `preference`. The adapters come from `store`, the
+    engine's own where it is not given.
     """
-    found = engine.store.for_preference(preference)
+    found = (store or engine.store).for_preference(preference)
     methods = [method for method in METHODS if method in found]
     policies = [BASE, *methods]
     adapters = [None, *(found[method] for method in methods)]
-    by_prompt: dict[str, list[Pair]] = {}
+    by_prompt: dict[Prompt, list[Pair]] = {}
     for pair in pairs:
         by_prompt.setdefault(pair.prompt, []).append(pair)
     with engine.turns.ticket() as ticket:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bapo.pair_layouts import Prompt
+
 BASE = "base"
 
 
@@ -13,7 +15,7 @@ class PairLogps:
     `base_tokens` counts the tokens of the base response.
     """
 
-    prompt: str
+    prompt: Prompt
     chosen: dict[str, float]
     rejected: dict[str, float]
     base_response: dict[str, float]

@@ -4,61 +4,62 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import islice
 from pathlib import Path
 
 from bapo.errors import BapoError
+from bapo.pair_files import FORMATS, Problem, ReadLimits, read_rows
+from bapo.pair_layouts import Fault, Layout, Pair, guess, names_in, pairs_of, recognise
 from bapo.preferences import CATALOGUE, family_of
 
 PREFERENCE_SET = Path(__file__).parent / "data" / "preference_set.jsonl"
 COLUMNS = ("prompt", "chosen", "rejected")
-MAX_FILE_BYTES = 100 * 2**20
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One prompt with the response that was preferred and one that was not."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """What is wrong with one row. `row` counts lines (JSON lines) or items (JSON) from 1."""
-
-    row: int
-    column: str | None
-    expected: str
-
-    def __str__(self) -> str:
-        place = f"row {self.row}" + (f", column {self.column!r}" if self.column else "")
-        return f"{place}: {self.expected}"
+SAMPLE_ROWS = 50  # what a layout is recognised by
 
 
 @dataclass(slots=True)
 class PairsReport:
-    """What a file holds: the usable pairs, the faulty rows, and what deserves a second look."""
+    """What a file holds: the usable pairs, the faulty rows, and what deserves a second look.
+
+    Where the user has to decide something before pairs can be read, `pairs` is empty and `question`
+    says what: `guess` names the columns that might hold prompt, chosen and rejected, or `names` lists
+    the responses of which one is wanted.
+    """
 
     file: str
     pairs: list[Pair] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    rows: int = 0
+    columns: list[str] = field(default_factory=list)
+    layout: Layout | None = None
+    question: str = ""
+    guess: dict[str, str] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
     @property
     def prompts(self) -> int:
         return len({pair.prompt for pair in self.pairs})
 
+    @property
+    def faulty_rows(self) -> int:
+        return len({problem.row for problem in self.problems})
+
     def as_dict(self) -> dict:
         return {
             "file": self.file,
+            "rows": self.rows,
             "pairs": len(self.pairs),
             "prompts": self.prompts,
             "problems": [asdict(problem) for problem in self.problems],
             "notes": self.notes,
+            "columns": self.columns,
+            "question": self.question,
+            "guess": self.guess,
+            "names": self.names,
         }
 
 
@@ -116,7 +117,9 @@ def read_prompts(file: Path) -> list[str]:
 
 def split_by_prompt(pairs: list[Pair], held_out_share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """(training, held-out) pairs; all pairs of a prompt fall on the same side."""
-    prompts = sorted({pair.prompt for pair in pairs})
+    prompts = sorted(
+        {pair.prompt for pair in pairs}, key=lambda prompt: prompt if isinstance(prompt, str) else str(prompt)
+    )
     random.Random(seed).shuffle(prompts)
     held_out = set(prompts[: round(len(prompts) * held_out_share)])
     training = [pair for pair in pairs if pair.prompt not in held_out]
@@ -128,89 +131,91 @@ def hash_of(pairs: Iterable[Pair]) -> str:
     return hashlib.sha256(json.dumps([asdict(pair) for pair in pairs]).encode()).hexdigest()
 
 
-def read_pairs(path: Path) -> PairsReport:
-    """Read a file of pairs: JSON lines or a JSON list of {"prompt", "chosen", "rejected"}, UTF-8.
+def read_pairs(
+    path: Path,
+    *,
+    columns: Mapping[str, str] | None = None,
+    wanted: str | None = None,
+    limits: ReadLimits | None = None,
+) -> PairsReport:
+    """Read a file of pairs in any of the layouts of `bapo.pair_layouts`.
 
-    Faulty rows end up in `problems`, never in `pairs`. Raises `BapoError` where the file as a whole
-    cannot be read.
+    `columns` names the columns of prompt, chosen and rejected where they cannot be recognised;
+    `wanted` the preferred response where a row holds responses by name. Faulty rows end up in
+    `problems`, never in `pairs`. Raises `BapoError` where the file as a whole cannot be read.
     """
-    text = _text_of(path)
     report = PairsReport(path.name)
-    for row, value in _rows(text, path, report):
-        problems = list(_problems(row, value))
-        report.problems += problems
-        if not problems:
-            report.pairs.append(Pair(*(value[column].strip() for column in COLUMNS)))
-    report.problems.sort(key=lambda problem: problem.row)
-    report.notes = list(_notes(report.pairs))
+    rows = read_rows(path, limits or ReadLimits())
+    sample = list(islice(rows, SAMPLE_ROWS))
+    objects = [value for _, value in sample if isinstance(value, dict)]
+    report.columns = list(dict.fromkeys(str(column)[:200] for value in objects for column in list(value)[:500]))
+    report.layout = Layout("pairs", **columns) if columns else recognise(objects)
+    if report.layout is None and objects:
+        report.guess = guess(objects)
+        report.question = "Which columns hold prompt, chosen and rejected?"
+        return report
+    if report.layout and report.layout.kind == "named":
+        report.names = names_in(objects, report.layout)
+        if wanted is None:
+            report.question = "Which of the named responses is the wanted one?"
+            return report
+    layout = report.layout or Layout("pairs", "prompt")
+    for chunk in (sample, rows):
+        for number, value in chunk:
+            report.rows += 1
+            _take(number, value, layout, wanted, report)
+    report.notes = list(_notes(report.pairs, layout))
     return report
+
+
+def _take(number: int, value: object, layout: Layout, wanted: str | None, report: PairsReport) -> None:
+    if isinstance(value, Problem):
+        report.problems.append(value)
+        return
+    if not isinstance(value, dict):
+        report.problems.append(Problem(number, None, "expected a JSON object with " + ", ".join(COLUMNS)))
+        return
+    try:
+        report.pairs += pairs_of(value, layout, wanted)
+    except Fault as fault:
+        report.problems.append(Problem(number, fault.column, fault.expected))
 
 
 def usable_pairs(path: Path) -> list[Pair]:
     """The pairs of a file in which nothing is wrong; otherwise a `BapoError` that names the first faults."""
     report = read_pairs(path)
+    if report.question:
+        raise BapoError(
+            f"{path.name}: {report.question} Its columns are {', '.join(report.columns[:20])}. Say it once with: "
+            f"python -m bapo pairs convert {path} --help"
+        )
     if report.problems:
         first = "; ".join(str(problem) for problem in report.problems[:3])
         raise BapoError(
-            f"{path.name} has {len({problem.row for problem in report.problems})} faulty rows ({first}). "
+            f"{path.name} has {report.faulty_rows} faulty rows ({first}). "
             f"See them all with: python -m bapo pairs check {path}"
         )
     if not report.pairs:
-        raise BapoError(f"{path.name} holds no pairs; expected JSON lines with {', '.join(COLUMNS)}.")
+        raise BapoError(f"{path.name} holds no pairs; expected {', '.join(COLUMNS)} in {FORMATS}.")
     return report.pairs
 
 
-def _text_of(path: Path) -> str:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise BapoError(f"{path.name} is larger than {MAX_FILE_BYTES >> 20} MB; split it into smaller files.")
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise BapoError(f"{path.name} is not UTF-8 text (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise BapoError(f"{path} cannot be read: {error.strerror}.") from error
+def write_pairs(pairs: Iterable[Pair], path: Path) -> None:
+    """Write pairs as JSON lines that `read_pairs` reads back exactly; a conversation becomes a list of messages."""
+    with path.open("w", encoding="utf-8") as file:
+        for pair in pairs:
+            file.write(json.dumps({**asdict(pair), "prompt": _plain_prompt(pair)}, ensure_ascii=False) + "\n")
 
 
-def _rows(text: str, path: Path, report: PairsReport):
-    """(row number, parsed value) of a JSON list or of JSON lines; lines that do not parse are reported."""
-    if text.lstrip().startswith("["):
-        try:
-            yield from enumerate(json.loads(text), start=1)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise BapoError(f"{path.name} starts like a JSON list but is not valid JSON: {error}.") from error
-        return
-    # Not splitlines(): JSON strings may hold U+2028 and its like unescaped.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
-            report.problems.append(Problem(number, None, 'expected a JSON object such as {"prompt": …}'))
-            continue
-        yield number, value
+def _plain_prompt(pair: Pair) -> str | list[dict[str, str]]:
+    if isinstance(pair.prompt, str):
+        return pair.prompt
+    return [{"role": role, "content": text} for role, text in pair.prompt]
 
 
-def _problems(row: int, value: object) -> Iterable[Problem]:
-    if not isinstance(value, dict):
-        yield Problem(row, None, "expected a JSON object with " + ", ".join(COLUMNS))
-        return
-    sound = True
-    for column in COLUMNS:
-        if column not in value:
-            sound = False
-            yield Problem(row, column, "is missing")
-        elif not isinstance(value[column], str):
-            sound = False
-            yield Problem(row, column, f"expected text, found {type(value[column]).__name__}")
-        elif not value[column].strip():
-            sound = False
-            yield Problem(row, column, "is empty")
-    if sound and value["chosen"].strip() == value["rejected"].strip():
-        yield Problem(row, "rejected", "is the same text as chosen; a pair must differ")
-
-
-def _notes(pairs: list[Pair]) -> Iterable[str]:
+def _notes(pairs: list[Pair], layout: Layout) -> Iterable[str]:
+    if layout.kind == "pairs" and layout.prompt is None and any(isinstance(pair.prompt, str) for pair in pairs):
+        yield "There is no prompt column: the beginning that chosen and rejected share was taken as the prompt."
     duplicates = sum(count - 1 for count in Counter(pairs).values())
     if duplicates:
         yield f"{duplicates} pairs are exact duplicates of an earlier one."

@@ -170,7 +170,7 @@ def test_pairs_check_reports_and_fails_on_faults(tmp_path, capsys):
         (["compare", "why?", "--preference", "P1B"], "no adapter for the preference 'P1B'"),
         (["compare", "why?", "--preference", "P2A", "--temperature", "9"], "temperature must lie"),
         (["compare", "why?", "--preference", "P2A", "--base", "nowhere"], "There is no base 'nowhere'"),
-        (["score", "--pairs", "absent.jsonl", "--preference", "P2A"], "absent.jsonl cannot be read"),
+        (["score", "--pairs", "absent.jsonl", "--preference", "P2A"], "absent.jsonl does not exist"),
         (["train", "--preference", "mine"], "--pairs FILE"),
         (["train", "--preference", "P2A", "--method", "ppo"], "no method 'ppo'"),
     ],

@@ -17,9 +17,10 @@ LENGTH = 24
 
 
 def all_rows(engine, rows, **sampling):
-    """row → (token ids, log-probs) of a finished stream."""
+    """row → (token ids, log-probs) of a finished stream; the rows name adapters."""
     policies = Policies(engine.base, limit=4)
     policies.require(engine.store.adapters())
+    rows = [replace(row, adapter=row.adapter and engine.store.named(row.adapter).key) for row in rows]
     sampling.setdefault("max_new_tokens", LENGTH)
     ids, logps = defaultdict(list), defaultdict(list)
     for step in decode(policies, engine.base.encode_prompt(PROMPT), rows, Sampling(**sampling)):

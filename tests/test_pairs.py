@@ -58,29 +58,6 @@ def test_a_line_separator_inside_a_text_is_no_new_row(tmp_path):
     assert read_pairs(write(tmp_path, line)).pairs[0].chosen == "one\u2028two"
 
 
-def test_files_that_cannot_be_read_at_all(tmp_path):
-    latin = tmp_path / "latin.jsonl"
-    latin.write_bytes(json.dumps({**GOOD, "prompt": "é"}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(BapoError, match="not UTF-8"):
-        read_pairs(latin)
-    with pytest.raises(BapoError, match="No such file"):
-        read_pairs(tmp_path / "absent.jsonl")
-    with pytest.raises(BapoError, match="not valid JSON"):
-        read_pairs(write(tmp_path, "[1, 2"))
-    with pytest.raises(BapoError, match="holds no pairs"):
-        usable_pairs(write(tmp_path, ""))
-    with pytest.raises(BapoError, match="not valid JSON"):
-        read_pairs(write(tmp_path, "[" * 100_000))
-
-
-def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
-    file = tmp_path / "huge.jsonl"
-    with file.open("wb") as sparse:
-        sparse.truncate(2 * 2**30)
-    with pytest.raises(BapoError, match="larger than 100 MB"):
-        read_pairs(file)
-
-
 def test_all_pairs_of_a_prompt_fall_on_the_same_side():
     pairs = [Pair(f"p{i}", "a", word) for i in range(10) for word in ("b", "c")]
     training, held_out = split_by_prompt(pairs, 0.3, seed=0)

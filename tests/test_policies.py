@@ -22,8 +22,11 @@ def weights(model):
 
 
 def logits(policies, names, ids):
+    keys = {adapter.name: key for key, adapter in policies._resident.items()}
     with torch.inference_mode():
-        return policies.forward(names, input_ids=torch.tensor([ids] * len(names))).logits
+        return policies.forward(
+            [name and keys[name] for name in names], input_ids=torch.tensor([ids] * len(names))
+        ).logits
 
 
 def test_the_base_is_never_altered(tiny_engine):
@@ -54,6 +57,20 @@ def test_least_recently_used_adapters_leave(tiny_engine):
     assert policies.resident == ["P2A-bapo", "literature-bapo"]
     policies.require([by_name["P2A-dpo"]])
     assert torch.equal(logits(policies, ["P2A-dpo"], ids), first)
+
+
+def test_two_owners_adapters_of_one_name_are_two(llama_base, settings, tmp_path):
+    ann = AdapterStore(tmp_path / "ann", llama_base.name, llama_base.fingerprint)
+    bob = AdapterStore(tmp_path / "bob", llama_base.name, llama_base.fingerprint)
+    for seed, store in enumerate((ann, bob)):
+        make_adapter(llama_base, store, "mine", "bapo", seed)
+    theirs = [store.named("mine-bapo") for store in (ann, bob)]
+    policies = Policies(llama_base, limit=2)
+    policies.require(theirs)
+    ids = torch.tensor([llama_base.encode_prompt("hello")] * 2)
+    with torch.inference_mode():
+        mixed = policies.forward([adapter.key for adapter in theirs], input_ids=ids).logits
+    assert (mixed[0] - mixed[1]).abs().max() > 0.1
 
 
 def test_an_adapter_trained_again_replaces_the_one_in_memory(tiny_folders, llama_base, settings):

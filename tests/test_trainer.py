@@ -193,7 +193,8 @@ def test_a_run_installs_an_adapter_that_stock_peft_loads(tiny_folders, settings,
     assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name), "training moved it"
     assert all(p.total for p in heard)
-    assert list(dict.fromkeys(p.phase for p in heard)) == ["base responses", "reference", "training", "evaluating"]
+    phases = ["base responses", "reference", "training", "evaluating", "installing"]
+    assert list(dict.fromkeys(p.phase for p in heard)) == phases
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert len(steps) == 3
     assert steps[-1]["loss/preference"] < steps[0]["loss/preference"]
@@ -244,7 +245,7 @@ def test_a_run_goes_on_from_its_checkpoint_bit_for_bit(tiny_folders, settings, p
     whole, _, heard = train_tiny(tiny_folders, settings, pairs_file, **plan)
     weights = (whole / "adapter_model.safetensors").read_bytes()
     steps = (whole / "metrics.jsonl").read_text()
-    assert heard[-1].phase == "evaluating"
+    assert heard[-1].phase == "installing"
     assert not list((settings.cache / "training").glob("*/")), "checkpoints go when the adapter is there"
     shutil.rmtree(whole)
 

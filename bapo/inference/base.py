@@ -5,9 +5,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from bapo.errors import BapoError
 from bapo.inference.embedded import embedded_folder
 from bapo.inference.fingerprint import fingerprint
 from bapo.inference.tree_attention import enable_trees
+from bapo.pair_layouts import Prompt
 from bapo.settings import Settings
 
 EMBEDDED = "smollm2-135m"
@@ -48,6 +51,7 @@ class Base:
     """
 
     name: str
+    folder: Path
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
@@ -60,15 +64,15 @@ class Base:
         """Names what was computed with this base, on the disk."""
         return f"{self.fingerprint}-{self.numerics}"
 
-    def encode_prompt(self, prompt: str) -> list[int]:
-        """Token ids of a user's message under the chat template, up to where the answer begins."""
-        return _chat_ids(self.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Token ids of a user's message, or of a conversation that ends with one, under the chat template, up to
+        where the answer begins."""
+        return _chat_ids(self.tokenizer, _messages(prompt), add_generation_prompt=True)
 
-    def encode_response(self, prompt: str, response: str) -> list[int]:
+    def encode_response(self, prompt: Prompt, response: str) -> list[int]:
         """Token ids of `response` as the assistant's answer to `prompt`: the text's and the end-of-turn token."""
         start = self.encode_prompt(prompt)
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        whole = _chat_ids(self.tokenizer, messages)
+        whole = _chat_ids(self.tokenizer, [*_messages(prompt), {"role": "assistant", "content": response}])
         if whole[: len(start)] == start and self.end_of_turn in whole[len(start) :]:
             last = len(whole) - whole[::-1].index(self.end_of_turn)
             return whole[len(start) : last]
@@ -76,8 +80,17 @@ class Base:
         return [*self.tokenizer(response, add_special_tokens=False)["input_ids"], self.end_of_turn]
 
 
+def _messages(prompt: Prompt) -> list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return [{"role": role, "content": text} for role, text in prompt]
+
+
 def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **kwargs) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **kwargs)["input_ids"]
+    except TemplateError as error:
+        raise BapoError(f"The base's chat template does not take this conversation: {error}.") from error
 
 
 def load_base(settings: Settings) -> Base:
@@ -85,10 +98,7 @@ def load_base(settings: Settings) -> Base:
 
     Raises `BapoError` with what to do, or `OSError` where the cache folder cannot be written.
     """
-    name = settings.base or default_preset(settings)
-    folder = find_folder(name, settings)
-    if not any(folder.glob("*.safetensors")):
-        raise BapoError(f"{folder} holds no .safetensors weights; other formats are not loaded: they can run code.")
+    name, folder, identity = identify(settings)
     disable_progress_bar()  # local files take seconds
     try:
         arguments = load_arguments(folder, settings.precision)
@@ -104,15 +114,33 @@ def load_base(settings: Settings) -> Base:
     enable_trees(model)
     end_of_turn = _end_of_turn(tokenizer)
     return Base(
-        # A folder goes by its own name: paths are the operator's business and appear on no page.
-        name=name if name in PRESETS else folder_name(name),
+        name=name,
+        folder=folder,
         model=model,
         tokenizer=tokenizer,
-        fingerprint=fingerprint(folder, settings.cache),
+        fingerprint=identity,
         numerics="nf4" if "quantization_config" in arguments else str(arguments["dtype"]).removeprefix("torch."),
         end_of_turn=end_of_turn,
         stop_ids=frozenset({end_of_turn} | _ids(tokenizer.eos_token_id) | _ids(model.generation_config.eos_token_id)),
     )
+
+
+class Identity(NamedTuple):
+    """Which base the settings mean, without loading it."""
+
+    name: str
+    folder: Path
+    fingerprint: str
+
+
+def identify(settings: Settings) -> Identity:
+    """Find the base that the settings ask for; raises as `load_base` does."""
+    name = settings.base or default_preset(settings)
+    folder = find_folder(name, settings)
+    if not any(folder.glob("*.safetensors")):
+        raise BapoError(f"{folder} holds no .safetensors weights; other formats are not loaded: they can run code.")
+    # A folder goes by its own name: paths are the operator's business and appear on no page.
+    return Identity(name if name in PRESETS else folder_name(name), folder, fingerprint(folder, settings.cache))
 
 
 def folder_name(name: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from bapo.disk_cache import DiskCache
 from bapo.inference.base import Base
+from bapo.pair_layouts import Prompt
 
 MAX_TOKENS = 128  # a small base may never end its answer; what it says later says little more
 BATCH = 16
@@ -24,12 +25,12 @@ class BaseResponse:
 
 def base_responses(
     base: Base,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     cache: Path,
     *,
     max_tokens: int = MAX_TOKENS,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, BaseResponse]:
+) -> dict[Prompt, BaseResponse]:
     """The base response of every prompt, from the disk where it was generated before.
 
     The cache is keyed by the base and its numerics, the token limit and the prompt. `progress` is told
@@ -51,7 +52,7 @@ def base_responses(
 
 
 @torch.inference_mode()
-def greedy_responses(base: Base, prompts: Sequence[str], max_tokens: int) -> list[BaseResponse]:
+def greedy_responses(base: Base, prompts: Sequence[Prompt], max_tokens: int) -> list[BaseResponse]:
     """Greedy answers to prompts in one batch, from whatever policy `base.model` is at the moment."""
     encoded = [base.encode_prompt(prompt) for prompt in prompts]
     width = max(map(len, encoded))

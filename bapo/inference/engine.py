@@ -13,6 +13,7 @@ from bapo.inference.detokenizer import Detokenizer
 from bapo.inference.policies import Policies
 from bapo.inference.scoring import response_logps
 from bapo.inference.turns import Turns
+from bapo.pair_layouts import Prompt
 from bapo.settings import Settings
 
 
@@ -78,7 +79,7 @@ class LocalEngine:
         """Stream one row per entry of `adapters` (None is the base); see `bapo.inference.decoding`."""
         self._policies.require(adapters)
         rows = [
-            Row(adapter.name if adapter else None, leader) for adapter, leader in zip(adapters, follows, strict=True)
+            Row(adapter.key if adapter else None, leader) for adapter, leader in zip(adapters, follows, strict=True)
         ]
         texts = [Detokenizer(self.base.tokenizer) for _ in rows]
         for step in decode(self._policies, self.base.encode_prompt(prompt), rows, sampling):
@@ -88,20 +89,20 @@ class LocalEngine:
             ]
 
     def score(
-        self, prompt: str, responses: Sequence[list[int]], adapters: Sequence[Adapter | None]
+        self, prompt: Prompt, responses: Sequence[list[int]], adapters: Sequence[Adapter | None]
     ) -> list[list[float]]:
         """Log-probs (nats, summed) of tokenised responses: one list per adapter, None is the base."""
         self._policies.require(adapters)
         prompt_ids = self.base.encode_prompt(prompt)
         scores = []
         for adapter in adapters:
-            forward = partial(self._policies.forward, [adapter.name if adapter else None])
+            forward = partial(self._policies.forward, [adapter.key if adapter else None])
             scores.append(response_logps(forward, self.base.model, prompt_ids, responses).tolist())
         return scores
 
     def base_responses(
-        self, prompts: Sequence[str], progress: Callable[[int, int], None] = lambda done, total: None
-    ) -> dict[str, BaseResponse]:
+        self, prompts: Sequence[Prompt], progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[Prompt, BaseResponse]:
         """y_b of every prompt; generated once, then from the disk."""
         with self._policies.base_alone() as base:
             return base_responses(base, prompts, self.settings.cache, progress=progress)

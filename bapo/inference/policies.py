@@ -30,23 +30,23 @@ class Policies:
     @property
     def resident(self) -> list[str]:
         """Names of the adapters in memory, least recently used first."""
-        return list(self._resident)
+        return [adapter.name for adapter in self._resident.values()]
 
     def require(self, adapters: Iterable[Adapter | None]) -> None:
         """Load what is not in memory yet; None is the base. One call's adapters stay, even beyond the limit."""
-        wanted = {adapter.name: adapter for adapter in adapters if adapter}
-        for name, adapter in wanted.items():
-            if self._resident.get(name) != adapter:  # new, or trained again since
+        wanted = {adapter.key: adapter for adapter in adapters if adapter}
+        for key, adapter in wanted.items():
+            if self._resident.get(key) != adapter:  # new, or trained again since
                 self._load(adapter)
-            self._resident.move_to_end(name)
+            self._resident.move_to_end(key)
         while len(self._resident) > max(self.limit, len(wanted)):
             self._drop(next(iter(self._resident)))
 
-    def forward(self, names: Sequence[str | None], **inputs):
-        """One forward pass; row i runs under the adapter `names[i]`, or as the base where it is None."""
+    def forward(self, keys: Sequence[str | None], **inputs):
+        """One forward pass; row i runs under the adapter with the key `keys[i]`, or as the base where it is None."""
         if self._model is None:
             return self.base.model(**inputs)
-        return self._model(adapter_names=[name or PEFT_BASE for name in names], **inputs)
+        return self._model(adapter_names=[key or PEFT_BASE for key in keys], **inputs)
 
     @contextmanager
     def base_alone(self) -> Iterator[Base]:
@@ -62,21 +62,21 @@ class Policies:
         try:
             if self._model is None:
                 self._model = PeftModel.from_pretrained(
-                    self.base.model, adapter.folder, adapter_name=adapter.name, torch_device=device
+                    self.base.model, adapter.folder, adapter_name=adapter.key, torch_device=device
                 )
             else:
-                self._drop(adapter.name)
-                self._model.load_adapter(adapter.folder, adapter_name=adapter.name, torch_device=device)
+                self._drop(adapter.key)
+                self._model.load_adapter(adapter.folder, adapter_name=adapter.key, torch_device=device)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            self._drop(adapter.name)
+            self._drop(adapter.key)
             raise BapoError(
                 f"The adapter {adapter.name} cannot be loaded: its files are damaged or do not fit the base. "
                 f"Remove {adapter.folder.name} and train it again."
             ) from error
         self._model.eval()
-        self._resident[adapter.name] = adapter
+        self._resident[adapter.key] = adapter
 
-    def _drop(self, name: str) -> None:
-        self._resident.pop(name, None)
-        if self._model is not None and name in self._model.peft_config:
-            self._model.delete_adapter(name)
+    def _drop(self, key: str) -> None:
+        self._resident.pop(key, None)
+        if self._model is not None and key in self._model.peft_config:
+            self._model.delete_adapter(key)

@@ -32,6 +32,7 @@ def train_all(base: Base, store: AdapterStore, settings: Settings, tell: Listene
             within = {
                 "training": 0.85 * progress.done / progress.total,
                 "evaluating": 0.85 + 0.15 * progress.done / progress.total,
+                "installing": 1.0,
             }
             share = number + within.get(progress.phase, 0.0)
             if first is None and progress.phase == "training":

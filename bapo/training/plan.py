@@ -27,7 +27,8 @@ class TrainingPlan:
     `pairs` is a file of preference pairs, `None` means our own set. `held_out_share` is the share of
     a file's prompts kept for evaluation; our own set has its marked. `anchor_prompts` is a file of
     further prompts on which the base's answer is anchored and nothing is preferred. `last_layers`
-    limits the adapter to the last transformer layers; `None` means all.
+    limits the adapter to the last transformer layers; `None` means all. `description` says what the
+    taste means, on the adapter's card, and changes nothing else.
     """
 
     preference: str
@@ -45,6 +46,7 @@ class TrainingPlan:
     max_response_tokens: int = 512
     held_out_share: float = 0.1
     seed: int = 0
+    description: str = ""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -73,12 +75,12 @@ class TrainingPlan:
 
     def hyperparameters(self) -> dict[str, float | int | str | None]:
         """What the adapter's card tells of the plan: neither names nor files."""
-        hidden = ("preference", "method", "pairs", "anchor_prompts")
+        hidden = ("preference", "method", "pairs", "anchor_prompts", "description")
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
     def key(self, *more: str) -> str:
         """Names this plan, together with what else identifies the run, in a folder name."""
-        return hashlib.sha256(json.dumps([asdict(self), *more]).encode()).hexdigest()[:24]
+        return hashlib.sha256(json.dumps([asdict(replace(self, description="")), *more]).encode()).hexdigest()[:24]
 
 
 def catalogue_plans() -> list[TrainingPlan]:

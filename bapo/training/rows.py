@@ -8,6 +8,7 @@ from bapo.disk_cache import DiskCache
 from bapo.inference.base import Base
 from bapo.inference.base_responses import base_responses
 from bapo.inference.scoring import response_logps
+from bapo.pair_layouts import Prompt
 from bapo.pairs import Pair
 
 Tell = Callable[[str, int, int], None]
@@ -34,13 +35,13 @@ def prepare_rows(
     Base responses and log-probs are kept on the disk by base, numerics and text, so that another
     method or another λ on the same pairs starts at once. `tell` hears (phase, done, total).
     """
-    by_prompt: dict[str, list[Pair]] = {prompt: [] for prompt in anchor_prompts}
+    by_prompt: dict[Prompt, list[Pair]] = {prompt: [] for prompt in anchor_prompts}
     for pair in pairs:
         by_prompt.setdefault(pair.prompt, []).append(pair)
     answers = base_responses(base, list(by_prompt), cache, progress=lambda *at: tell("base responses", *at))
     known = DiskCache(cache / "reference-logps" / base.cache_key)
-    ids: dict[tuple[str, str], list[int]] = {}
-    logps: dict[tuple[str, str], float] = {}
+    ids: dict[tuple[Prompt, str], list[int]] = {}
+    logps: dict[tuple[Prompt, str], float] = {}
     cut = 0
     for done, (prompt, own) in enumerate(by_prompt.items(), start=1):
         texts = list(dict.fromkeys(text for pair in own for text in (pair.chosen, pair.rejected)))
@@ -54,7 +55,7 @@ def prepare_rows(
             ids[prompt, text], logps[prompt, text] = response, logp  # "" stands for y_b
         tell("reference", done, len(by_prompt))
 
-    def row(prompt: str, chosen: str, rejected: str) -> dict:
+    def row(prompt: Prompt, chosen: str, rejected: str) -> dict:
         roles = {"chosen": chosen, "rejected": rejected, "base": ""}
         return {
             "prompt_ids": base.encode_prompt(prompt),

@@ -1,10 +1,11 @@
 """A training plan carried out, from pairs to an installed adapter."""
 
 import json
+import math
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +19,6 @@ from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import get_last_checkpoint
 from trl import DPOConfig
 
 from bapo.adapters import AdapterCard, AdapterStore, HeldOut
@@ -28,20 +28,23 @@ from bapo.inference.base import Base
 from bapo.inference.scoring import response_logps
 from bapo.pairs import hash_of
 from bapo.settings import Settings
+from bapo.training.checkpoints import SealedCheckpoints, last_sealed_checkpoint
 from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.observation import Observation, Observing
 from bapo.training.plan import TrainingPlan
 from bapo.training.rows import prepare_rows
 from bapo.training.trainer import BAPOTrainer
 
 LIBRARIES = ("torch", "transformers", "trl", "peft")
-CHECKPOINT_STEPS = 20  # what an interrupted run may lose
+CHECKPOINT_STEPS = 20  # what an interrupted run may lose, or an eighth of a short one
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a run stands; phases: "base responses", "reference", "training", "evaluating".
+    """Where a run stands; phases: "base responses", "reference", "training", "evaluating", "installing".
 
-    `eta_seconds` concerns the phase and is None until a speed is known.
+    `eta_seconds` concerns the phase and is None until a speed is known. While it trains, `done` is the
+    step that `metrics` and `observation` belong to.
     """
 
     phase: str
@@ -50,13 +53,26 @@ class Progress:
     eta_seconds: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     note: str = ""  # something the user should know
+    observation: Observation | None = None
 
 
 Listener = Callable[[Progress], None]
 
 
-def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings, tell: Listener) -> Path:
+def run(
+    plan: TrainingPlan,
+    base: Base,
+    store: AdapterStore,
+    settings: Settings,
+    tell: Listener,
+    probes: Sequence[str] | None = None,
+    checkpoints: Path | None = None,
+) -> Path:
     """Carry out the plan and return the folder of the installed adapter.
+
+    Where `probes` are given, even none, the run observes itself now and then: figures of a few held-out
+    prompts, and the policy's answers to the probes. `checkpoints` is the folder of its checkpoints, in the
+    cache unless it is given.
 
     `base.model` is changed while it runs (adapter layers are added, and removed at the end), so a
     process that serves answers must not train: it starts another one. `tell` hears of every step. A
@@ -80,7 +96,7 @@ def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings,
         clock.note(f"{prepared.cut} responses were cut at {plan.max_response_tokens} tokens")
     rows = prepared.rows[: len(training)] + prepared.rows[len(training) + len(held_out) :]
 
-    work = settings.cache / "training" / plan.key(base.cache_key, hash_of(training), *anchors)
+    work = (checkpoints or settings.cache / "training") / plan.key(base.cache_key, hash_of(training), *anchors)
     work.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(work.with_suffix(".lock"), timeout=0)
     try:
@@ -89,14 +105,18 @@ def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings,
     except Timeout:
         raise BapoError(f"{target.name} is being trained by another process already.") from None
     try:
-        trainer = _train(plan, base, rows, work, process.num_processes, clock)
+        held_out_rows = prepared.rows[len(training) : len(training) + len(held_out)]
+        store.clear_scratch(plan.preference, plan.method)
+        callbacks: list[TrainerCallback] = [_TrainingProgress(clock)]
+        if probes is not None:
+            callbacks.append(Observing(base, held_out_rows, probes, clock.observed))
+        trainer = _train(plan, base, rows, work, process.num_processes, callbacks)
         policy = trainer.accelerator.unwrap_model(trainer.model)
         if process.is_main_process:
             # Adapters are stored in 16 bits and PEFT widens them again on loading. Rounding before the
             # evaluation makes the figures on the card those of the stored adapter.
             _cast_adapter(policy, torch.float16)
             _cast_adapter(policy, torch.float32)
-            held_out_rows = prepared.rows[len(training) : len(training) + len(held_out)]
             card = AdapterCard(
                 base=base.name,
                 base_fingerprint=base.fingerprint,
@@ -107,9 +127,11 @@ def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings,
                 training_pairs=len(training),
                 held_out=evaluate(policy, held_out_rows, clock) if held_out else None,
                 versions={name: version(name) for name in LIBRARIES},
+                description=plan.description,
             )
             _cast_adapter(policy, torch.float16)
-            store.install(_saved(policy, base, trainer.state.log_history, store), card)
+            clock.tell("installing", 0, 1)
+            store.install(_saved(policy, base, trainer.state.log_history, store.scratch(target)), card)
             shutil.rmtree(work, ignore_errors=True)
         process.wait_for_everyone()
         policy.unload()
@@ -118,10 +140,8 @@ def run(plan: TrainingPlan, base: Base, store: AdapterStore, settings: Settings,
     return target
 
 
-def _saved(policy, base: Base, history: list[dict], store: AdapterStore) -> Path:
+def _saved(policy, base: Base, history: list[dict], folder: Path) -> Path:
     """The adapter in a hidden folder of the store, from where one rename puts it into place."""
-    store.folder.mkdir(parents=True, exist_ok=True)
-    folder = store.folder / f".finished-{time.time_ns()}"
     policy.peft_config["default"].base_model_name_or_path = base.name  # not a path on this machine
     policy.save_pretrained(folder, save_embedding_layers=False)  # else PEFT asks the hub about them
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card says what there is to say
@@ -131,7 +151,7 @@ def _saved(policy, base: Base, history: list[dict], store: AdapterStore) -> Path
 
 
 def _train(
-    plan: TrainingPlan, base: Base, rows: list[dict], work: Path, processes: int, clock: "_PhaseClock"
+    plan: TrainingPlan, base: Base, rows: list[dict], work: Path, processes: int, callbacks: list[TrainerCallback]
 ) -> BAPOTrainer:
     disable_progress_bar()  # datasets' own bars would break ours
     on_cpu = base.model.device.type == "cpu"
@@ -150,8 +170,8 @@ def _train(
         gradient_checkpointing=not on_cpu,  # trades time for memory, of which a CPU has plenty
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,
-        save_steps=CHECKPOINT_STEPS,
-        save_total_limit=1,
+        save_steps=min(CHECKPOINT_STEPS, math.ceil(len(rows) / plan.batch_size * plan.epochs / 8)),
+        save_total_limit=2,  # the last one may not be sealed yet when the process dies
         report_to="none",
         disable_tqdm=True,
     )
@@ -171,10 +191,10 @@ def _train(
         processing_class=base.tokenizer,
         train_dataset=Dataset.from_list(rows),
         peft_config=lora,
-        callbacks=[_TrainingProgress(clock)],
+        callbacks=[*callbacks, SealedCheckpoints()],
     )
     trainer.pop_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(work) if work.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_sealed_checkpoint(work))
     return trainer
 
 
@@ -243,6 +263,9 @@ class _PhaseClock:
         advanced = done - self.done_at_start
         eta = (now - self.start) / advanced * (total - done) if advanced else None
         self.listener(Progress(phase, done, total, eta, metrics or {}))
+
+    def observed(self, step: int, total: int, observation: Observation) -> None:
+        self.listener(Progress("training", step, total, observation=observation))
 
     def note(self, text: str) -> None:
         self.listener(Progress(self.phase, 1, 1, note=text))

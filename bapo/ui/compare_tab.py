@@ -1,11 +1,12 @@
 """The Compare tab: one question, three answers side by side, and what the taste cost."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import gradio as gr
 
+from bapo.adapters import AdapterStore
 from bapo.comparison import METHODS, Frame, compare
 from bapo.errors import BapoError
 from bapo.evaluation import BASE
@@ -15,6 +16,7 @@ from bapo.preferences import CATALOGUE
 from bapo.recording import recorded_frame
 from bapo.ui import texts
 from bapo.ui.charts import NAMES, drift_figure
+from bapo.ui.visitors import Visitors
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,18 @@ CHART_SECONDS = 0.4  # plotly redraws the whole figure: more often than this it 
 VISITORS = 32  # those beyond wait in gradio's queue, unseen; those within are told their place
 
 
-def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
-    """Build the tab inside `page`, which is the current `gr.Blocks`."""
-    offered = _offered(engine)
+@dataclass(frozen=True, slots=True)
+class CompareTab:
+    """What the page needs of this tab: the picker of tastes, and what fills it for a visitor: (token, request,
+    the taste to pick, or None to leave it) → update."""
+
+    preference: gr.Radio
+    offered: Callable
+
+
+def build_compare_tab(engine: LocalEngine, visitors: Visitors, token: gr.BrowserState) -> CompareTab:
+    """Build the tab inside the current `gr.Blocks`."""
+    offered = _offered(engine.store)
     recording = recorded_frame(engine)
     first = recording.frame if recording else None
     start = first.preference if first else (offered[0][1] if offered else None)
@@ -58,7 +69,7 @@ def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
         label="Taste",
         elem_id="preference",
     )
-    about = gr.HTML(texts.description(start) if start else "", elem_id="about")
+    about = gr.HTML(_description(engine.store, start), elem_id="about")
     with gr.Accordion("Length, temperature, seed", open=False), gr.Row():
         length = gr.Slider(
             8,
@@ -110,7 +121,9 @@ def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
             elem_id="command",
         )
 
-    def answer(prompt, preference, length, temperature, top_p, seed, method) -> Iterator[tuple]:
+    def answer(
+        prompt, preference, length, temperature, top_p, seed, method, known, request: gr.Request
+    ) -> Iterator[tuple]:
         try:
             if not preference:
                 raise BapoError("There is no adapter yet to compare with. Train one: python -m bapo train --help")
@@ -118,7 +131,7 @@ def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
                 max_new_tokens=int(length), temperature=float(temperature), top_p=float(top_p), seed=int(seed or 0)
             )
             drawn = -CHART_SECONDS
-            for frame in compare(engine, prompt or "", preference, sampling):
+            for frame in compare(engine, prompt or "", preference, sampling, visitors.adapters(known, request)):
                 full = frame.done or frame.seconds - drawn >= CHART_SECONDS
                 if full:
                     drawn = frame.seconds
@@ -133,7 +146,7 @@ def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
             message = "The model could not finish this answer. Ask again, with a shorter length or prompt."
             yield (*_controls(idle=True), texts.notice(message, "alert"), gr.skip(), *(gr.skip() for _ in views))
 
-    inputs = [prompt, preference, length, temperature, top_p, seed, method]
+    inputs = [prompt, preference, length, temperature, top_p, seed, method, token]
     controls = [ask, stop, method, *examples]
     outputs = [*controls, state, last_frame, *panels, sentence, chart, strip]
     # A limit above one, so that those who wait do so in the engine's line, which tells them their place.
@@ -164,8 +177,15 @@ def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
         queue=False,
         api_visibility="private",
     )
-    page.load(lambda: gr.update(choices=_offered(engine)), None, preference, queue=False, api_visibility="private")
-    preference.change(texts.description, preference, about, queue=False, api_visibility="private")
+
+    def offered_to(known, request: gr.Request, picked: str | None = None):
+        choices = _offered(visitors.adapters(known, request))
+        return gr.update(choices=choices) if picked is None else gr.update(choices=choices, value=picked)
+
+    def describe(preference, known, request: gr.Request):
+        return _description(visitors.adapters(known, request), preference)
+
+    preference.change(describe, [preference, token], about, queue=False, api_visibility="private")
     method.change(
         texts.token_strip,
         [last_frame, method],
@@ -180,6 +200,7 @@ def build_compare_tab(engine: LocalEngine, page: gr.Blocks) -> None:
     options = [prompt, preference, length, temperature, top_p, seed]
     changes = [component.change for component in options]
     gr.on(changes, as_command, options, command, queue=False, api_visibility="private", trigger_mode="always_last")
+    return CompareTab(preference, offered_to)
 
 
 def _controls(idle: bool) -> tuple:
@@ -198,9 +219,15 @@ def _views(frame: Frame | None, method: str) -> tuple:
     return (*panels, texts.reading(frame), chart, texts.token_strip(frame, method))
 
 
-def _offered(engine: LocalEngine) -> list[tuple[str, str]]:
+def _description(store: AdapterStore, preference: str | None) -> str:
+    found = store.by_preference().get(preference or "", {})
+    own = next((adapter.card.description for adapter in found.values() if adapter.card.description), "")
+    return texts.description(preference, own) if preference else ""
+
+
+def _offered(store: AdapterStore) -> list[tuple[str, str]]:
     """(label, preference id) of every taste that has an adapter, the catalogue's first."""
-    found = engine.store.by_preference()
+    found = store.by_preference()
     ordered = [*(known for known in CATALOGUE if known in found), *(own for own in found if own not in CATALOGUE)]
     return [(texts.label(preference), preference) for preference in ordered]
 

@@ -105,10 +105,10 @@ def notice(text: str, kind: str = "status") -> str:
     return f'<p class="bapo-{kind}" role="{kind}">{escape(text)}</p>'
 
 
-def description(preference_id: str) -> str:
-    """What a preference means, in its own words."""
+def description(preference_id: str, own: str = "") -> str:
+    """What a preference means, in its own words; `own` is what its adapter's card says."""
     known = CATALOGUE.get(preference_id)
-    text = f"{known.label}: {known.description}" if known else f"{preference_id}: a taste trained here."
+    text = f"{known.label}: {known.description}" if known else f"{preference_id}: {own or 'a taste trained here.'}"
     return f'<p class="bapo-faint">“{escape(text)}”</p>'
 
 

@@ -73,9 +73,9 @@ def serve(**environment: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def real_app() -> Iterator[str]:
+def real_app(tmp_path_factory) -> Iterator[str]:
     """The app as `make demo` starts it on a machine without a GPU."""
-    yield from serve(BAPO_BASE=EMBEDDED)
+    yield from serve(BAPO_BASE=EMBEDDED, BAPO_DATA=str(tmp_path_factory.mktemp("real-data")))
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +92,7 @@ def tiny_app(tiny_folders, tmp_path_factory) -> Iterator[str]:
         BAPO_BASE=settings.base,
         BAPO_CACHE=str(settings.cache),
         BAPO_ADAPTERS=str(settings.adapters),
+        BAPO_DATA=str(folder / "data"),
         BAPO_MAX_NEW_TOKENS="2048",
         OMP_NUM_THREADS="1",
     )
