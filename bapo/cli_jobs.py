@@ -4,13 +4,16 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 from bapo.errors import BapoError
 from bapo.settings import Settings
 
 POLL_SECONDS = 1.0
+# Options of `submit` that go into the plan as they are.
+PLAN_OPTIONS = (
+    *("description", "lambda_", "beta", "learning_rate", "epochs", "batch_size", "rank", "seed", "held_out_share"),
+)
 
 
 def add_jobs_commands(commands, add_command) -> None:
@@ -82,9 +85,10 @@ def _json(sub: argparse.ArgumentParser) -> None:
 
 # ── jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────
 def submit_command(args: argparse.Namespace, settings: Settings) -> int:
-    from bapo.jobs.service import OPERATOR, Submission
+    from bapo.jobs.service import OPERATOR
     from bapo.pair_files import read_limits
     from bapo.pairs import read_pairs
+    from bapo.training.plan import TrainingPlan
 
     report = read_pairs(args.pairs, wanted=args.wanted, limits=read_limits(settings))
     if report.question:
@@ -95,10 +99,11 @@ def submit_command(args: argparse.Namespace, settings: Settings) -> int:
             f"{report.problems[0]}. Mend them, or add --leave-out-faulty."
         )
     methods = ("dpo", "bapo") if args.method == "both" else (args.method,)
-    given = {field.name: getattr(args, field.name, None) for field in fields(Submission)}
-    given |= {"methods": methods, "probes": tuple(args.probes or ())}
-    wanted = Submission(**{name: value for name, value in given.items() if value is not None})
-    job = _jobs(settings).submit(OPERATOR, report.pairs, wanted)
+    given = {name: getattr(args, name) for name in PLAN_OPTIONS if getattr(args, name) is not None}
+    if "rank" in given:
+        given["alpha"] = 2 * given["rank"]
+    plan = TrainingPlan(preference=args.name, **given)
+    job = _jobs(settings).submit(OPERATOR, report.pairs, plan, methods, args.probes or ())
     if args.json:
         print(json.dumps(job.as_dict()))
     else:

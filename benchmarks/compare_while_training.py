@@ -24,9 +24,10 @@ from bapo.inference.base import EMBEDDED
 from bapo.inference.decoding import Sampling
 from bapo.inference.engine import LocalEngine
 from bapo.jobs.runner import Runner
-from bapo.jobs.service import Jobs, Submission
+from bapo.jobs.service import Jobs
 from bapo.pairs import own_pairs
 from bapo.settings import Settings
+from bapo.training.plan import TrainingPlan
 
 PREFERENCE = "P2A"
 SAMPLING = Sampling(max_new_tokens=48, temperature=0.0, top_p=1.0, seed=0)
@@ -52,9 +53,8 @@ def main() -> None:
         engine = LocalEngine.load(settings)
         jobs = Jobs(settings, engine.store)
         alone = [texts(engine, question) for question in QUESTIONS]
-        job = jobs.submit(
-            "benchmark", own_pairs(PREFERENCE, held_out=False), Submission(name="load", methods=("bapo",))
-        )
+        plan = TrainingPlan(preference="load")
+        job = jobs.submit("benchmark", own_pairs(PREFERENCE, held_out=False), plan, ("bapo",))
         runner = Runner(jobs.store, settings)
         runner.start()
         try:

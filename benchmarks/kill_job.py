@@ -21,14 +21,16 @@ from pathlib import Path
 
 from bapo.adapters import AdapterStore
 from bapo.inference.base import identify
-from bapo.jobs.service import OPERATOR, Jobs, Submission
+from bapo.jobs.service import OPERATOR, Jobs
 from bapo.jobs.store import FINISHED
 from bapo.pairs import Pair
 from bapo.settings import Settings
+from bapo.training.plan import TrainingPlan
 from tests.tiny import byte_tokenizer, tiny_model
 
 PAIRS = [Pair(f"question {i}", f"yes {i}", f"{word} {i}") for i in range(20) for word in ("no", "never")]
-WANTED = Submission(name="undisturbed", methods=("dpo", "bapo"), epochs=12, learning_rate=5e-3, probes=("question 1",))
+PLAN = TrainingPlan(preference="undisturbed", epochs=12, learning_rate=5e-3)
+BOTH, PROBES = ("dpo", "bapo"), ("question 1",)
 RUNNER = [sys.executable, "-m", "bapo", "jobs", "run"]
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         jobs = _jobs(Path(scratch))
         environment = {**os.environ, **jobs.settings.as_environment(), "OMP_NUM_THREADS": "1"}
-        jobs.submit(OPERATOR, PAIRS, WANTED)
+        jobs.submit(OPERATOR, PAIRS, PLAN, BOTH, PROBES)
         start = time.monotonic()
         subprocess.run(RUNNER, env=environment, check=True, capture_output=True)
         whole = time.monotonic() - start
@@ -48,7 +50,7 @@ def main() -> None:
         while done < kills:
             number += 1
             name = f"killed-{number}"
-            job = jobs.submit(OPERATOR, PAIRS, replace(WANTED, name=name))
+            job = jobs.submit(OPERATOR, PAIRS, replace(PLAN, preference=name), BOTH, PROBES)
             own = 0
             while jobs.get(OPERATOR, job.id).state != FINISHED:
                 runner = subprocess.Popen(RUNNER, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -17,17 +17,18 @@ from bapo.errors import BapoError
 from bapo.inference.base import identify, load_base
 from bapo.jobs.child import DISK_FULL, cause_of, lock_of, work
 from bapo.jobs.runner import MAX_ATTEMPTS, Runner
-from bapo.jobs.service import OPERATOR, Jobs, Submission, owner_of
+from bapo.jobs.service import OPERATOR, Jobs, owner_of
 from bapo.jobs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, JobProgress, JobStore
 from bapo.pairs import Pair, usable_pairs
+from bapo.training.plan import TrainingPlan
 from bapo.training.run import run
 
 PAIRS = [Pair(f"question {i}", f"yes {i}", f"{word} {i}") for i in range(6) for word in ("no", "never")]
 ANN, BOB = owner_of("ann"), owner_of("bob")
-WANTED = Submission(
-    name="mine", methods=("dpo", "bapo"), epochs=3, learning_rate=5e-3, held_out_share=0.34, probes=("question 1",),
-    description="Yes to everything.",
-)  # fmt: skip
+BOTH, PROBES = ("dpo", "bapo"), ("question 1",)
+WANTED = TrainingPlan(
+    preference="mine", epochs=3, learning_rate=5e-3, held_out_share=0.34, description="Yes to everything."
+)
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ def jobs(tiny_settings) -> Jobs:
 
 
 def started(jobs, owner=ANN, wanted=WANTED):
-    job = jobs.submit(owner, PAIRS, wanted)
+    job = jobs.submit(owner, PAIRS, wanted, BOTH, PROBES)
     assert jobs.store.next_queued().id == job.id
     return job
 
@@ -52,7 +53,7 @@ def weights_of(jobs, owner=ANN):
 
 
 def test_a_submission_is_on_the_disk_when_it_is_confirmed(jobs, tiny_settings):
-    job = jobs.submit(ANN, PAIRS, WANTED)
+    job = jobs.submit(ANN, PAIRS, WANTED, BOTH)
     again = JobStore(tiny_settings.data).get(job.id)
     assert (again.state, again.place, again.methods, again.request.pairs) == (QUEUED, 1, ["dpo", "bapo"], 12)
     assert usable_pairs(jobs.store.folder(job.id) / "pairs.jsonl") == PAIRS
@@ -143,7 +144,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(jobs, tiny_settings, 
 
 
 def test_nobody_else_sees_or_touches_a_job(jobs):
-    job = jobs.submit(ANN, PAIRS, WANTED)
+    job = jobs.submit(ANN, PAIRS, WANTED, BOTH)
     for touch in (jobs.get, jobs.cancel, jobs.resume, jobs.delete, jobs.curves, jobs.log):
         for owner, job_id in ((BOB, job.id), (ANN, "0" * 16), (ANN, "../../etc"), (ANN, "")):
             with pytest.raises(BapoError, match="no such job, or it is not yours"):
@@ -156,7 +157,7 @@ def test_nobody_else_sees_or_touches_a_job(jobs):
 
 def test_the_queue_is_fair_and_tells_the_place(jobs):
     first, second, third = (
-        jobs.submit(owner, PAIRS, replace(WANTED, name=name))
+        jobs.submit(owner, PAIRS, replace(WANTED, preference=name), BOTH)
         for owner, name in ((ANN, "one"), (BOB, "two"), (ANN, "three"))
     )
     assert [job.place for job in (first, second, third)] == [1, 2, 3]
@@ -171,7 +172,7 @@ def test_the_queue_is_fair_and_tells_the_place(jobs):
 
 
 def test_states_that_do_not_fit_are_refused(jobs):
-    job = jobs.submit(ANN, PAIRS, WANTED)
+    job = jobs.submit(ANN, PAIRS, WANTED, BOTH)
     with pytest.raises(BapoError, match="cancelled or has failed can be resumed"):
         jobs.resume(ANN, job.id)
     jobs.store.next_queued()
@@ -188,21 +189,21 @@ def test_states_that_do_not_fit_are_refused(jobs):
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "methods", "probes", "sentence"),
     [
-        ({"name": "a/b"}, "Name the taste with at most 64 letters"),
-        ({"name": "x" * 65}, "Name the taste"),
-        ({"methods": ()}, "Choose a method"),
-        ({"description": "x" * 301}, "may have 300 characters, not 301"),
-        ({"probes": ("a", "b", "c")}, "Give 2 probe prompts at most"),
-        ({"epochs": 90_000}, "steps; at most 5,000 are allowed"),
-        ({"held_out_share": 0.99}, "Every prompt would be held out"),
-        ({"beta": 0}, "beta must be above 0"),
+        ({"preference": "a/b"}, BOTH, (), "Name the taste with at most 64 letters"),
+        ({"preference": "x" * 65}, BOTH, (), "Name the taste"),
+        ({}, (), (), "Choose a method"),
+        ({"description": "x" * 301}, BOTH, (), "may have 300 characters, not 301"),
+        ({}, BOTH, ("a", "b", "c"), "Give 2 probe prompts at most"),
+        ({"epochs": 90_000}, BOTH, (), "steps; at most 5,000 are allowed"),
+        ({"held_out_share": 0.99}, BOTH, (), "Every prompt would be held out"),
+        ({}, ("kto",), (), "There is no method 'kto'"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_at_once(jobs, changes, sentence):
+def test_what_cannot_be_trained_is_refused_at_once(jobs, changes, methods, probes, sentence):
     with pytest.raises(BapoError, match=sentence):
-        jobs.submit(ANN, PAIRS, replace(WANTED, **changes))
+        jobs.submit(ANN, PAIRS, replace(WANTED, **changes), methods, probes)
     assert jobs.jobs(ANN) == []
     assert not list((jobs.settings.data / "jobs").glob("*")), "nothing is left behind"
 
@@ -210,18 +211,18 @@ def test_what_cannot_be_trained_is_refused_at_once(jobs, changes, sentence):
 def test_limits_of_the_operator_are_kept(jobs, tiny_settings):
     few = Jobs(replace(tiny_settings, max_pairs=11), jobs.shared)
     with pytest.raises(BapoError, match="12 pairs are too many: at most 11"):
-        few.submit(ANN, PAIRS, WANTED)
+        few.submit(ANN, PAIRS, WANTED, BOTH)
     for name in ("one", "two", "three"):
-        jobs.submit(ANN, PAIRS, replace(WANTED, name=name))
+        jobs.submit(ANN, PAIRS, replace(WANTED, preference=name), BOTH)
     with pytest.raises(BapoError, match="3 jobs waiting or running already"):
-        jobs.submit(ANN, PAIRS, WANTED)
+        jobs.submit(ANN, PAIRS, WANTED, BOTH)
     with pytest.raises(BapoError, match="A job for one-dpo waits or runs"):
-        jobs.submit(ANN, PAIRS, replace(WANTED, name="one"))
-    jobs.submit(BOB, PAIRS, WANTED)
+        jobs.submit(ANN, PAIRS, replace(WANTED, preference="one"), BOTH)
+    jobs.submit(BOB, PAIRS, WANTED, BOTH)
     with (tiny_settings.data / "jobs" / "ballast").open("wb") as ballast:
         ballast.truncate(21 * 10**9)
     with pytest.raises(BapoError, match=r"take 21\.0 GB already; 20 GB are allowed"):
-        jobs.submit(BOB, PAIRS, replace(WANTED, name="more"))
+        jobs.submit(BOB, PAIRS, replace(WANTED, preference="more"), BOTH)
 
 
 def test_a_changed_base_is_told_and_the_job_can_be_resumed(jobs, tiny_settings, tiny_folders):
@@ -279,7 +280,7 @@ def test_two_processes_never_work_on_one_job(jobs, tiny_settings):
 
 
 def test_a_job_that_never_comes_further_is_given_up(jobs, tiny_settings):
-    job = jobs.submit(ANN, PAIRS, WANTED)
+    job = jobs.submit(ANN, PAIRS, WANTED, BOTH)
     runner = Runner(jobs.store, tiny_settings)
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert jobs.store.next_queued().attempts == attempt
@@ -309,7 +310,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_the_runner_starts_again_what_dies_and_stops_what_is_cancelled(jobs, tiny_settings):
-    long = jobs.submit(ANN, PAIRS, replace(WANTED, name="long", epochs=800))
+    long = jobs.submit(ANN, PAIRS, replace(WANTED, preference="long", epochs=800), BOTH)
     runner = Runner(jobs.store, tiny_settings)
     runner.start()
     try:
@@ -318,22 +319,23 @@ def test_the_runner_starts_again_what_dies_and_stops_what_is_cancelled(jobs, tin
         os.kill(child, signal.SIGKILL)
         wait_for(lambda: jobs.log(ANN, long.id).count("── started") == 2)
         wait_for(lambda: jobs.get(ANN, long.id).progress.phase == "training")
-        second = jobs.submit(BOB, PAIRS, WANTED)
+        second = jobs.submit(BOB, PAIRS, WANTED, BOTH)
         assert jobs.get(BOB, second.id).place == 2
         cancelled = time.monotonic()
         jobs.cancel(ANN, long.id)
+        jobs.delete(ANN, long.id)  # at once, while its process still runs
         wait_for(lambda: not subprocess.run(["pgrep", "-f", f"jobs work {long.id}"], capture_output=True).stdout)
         assert time.monotonic() - cancelled < 8  # asked for: 5 s, on a machine with nothing else to do
         wait_for(lambda: jobs.get(BOB, second.id).state == FINISHED)
     finally:
         runner.stop()
-    assert jobs.get(ANN, long.id).state == CANCELLED
+    assert jobs.jobs(ANN) == []
     assert list(weights_of(jobs, BOB)) == ["mine-bapo", "mine-dpo"]
     assert weights_of(jobs) == {}
 
 
 def test_a_runner_that_ends_stops_its_child_and_the_next_one_goes_on(jobs, tiny_settings):
-    job = jobs.submit(ANN, PAIRS, WANTED)
+    job = jobs.submit(ANN, PAIRS, WANTED, BOTH)
     first = Runner(jobs.store, tiny_settings)
     first.start()
     wait_for(lambda: jobs.get(ANN, job.id).state == RUNNING)

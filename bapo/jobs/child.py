@@ -128,7 +128,7 @@ def _teller(job: Job, part: int, plan: TrainingPlan, store: JobStore) -> Callabl
             shown, phase = now, progress.phase
             place = JobProgress(part, plan.method, phase, progress.done, progress.total, progress.eta_seconds, notes)
             store.tell(job.id, place)
-            if store.get(job.id).state != RUNNING:  # cancelled, and nobody is there to send a signal
+            if store.state(job.id) != RUNNING:  # cancelled, and nobody is there to send a signal
                 raise Stopped
 
     return tell

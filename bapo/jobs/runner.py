@@ -104,9 +104,9 @@ class Runner:
                 env={**os.environ, **self.settings.as_environment(), "PYTHONUNBUFFERED": "1"},
             )
         while child.poll() is None:
-            if self._stopping.wait(POLL_SECONDS) or self.store.get(job.id).state != RUNNING:
+            if self._stopping.wait(POLL_SECONDS) or self.store.state(job.id) != RUNNING:
                 self._end(child)
-        if self.store.get(job.id).state == RUNNING:  # it did not get so far as to say how it ended
+        if self.store.state(job.id) == RUNNING:  # it did not get so far as to say how it ended
             ended = "was killed" if child.returncode < 0 else f"ended with status {child.returncode}"
             self._again(job, f"its process {ended}")
 

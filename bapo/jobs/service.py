@@ -5,12 +5,12 @@ import logging
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import replace
 
 from bapo.adapters import AdapterStore
 from bapo.errors import BapoError
-from bapo.jobs.store import CANCELLED, FAILED, Curves, Job, JobRequest, JobStore, new_id
+from bapo.jobs.store import QUEUED, RUNNING, Curves, Job, JobRequest, JobStore, new_id
 from bapo.pair_layouts import Pair
 from bapo.pairs import split_by_prompt, write_pairs
 from bapo.settings import Settings
@@ -21,41 +21,6 @@ logger = logging.getLogger(__name__)
 OPERATOR = "operator"  # whoever has the terminal: sees and may do everything
 MAX_NAME, MAX_DESCRIPTION, MAX_PROBES, MAX_PROBE = 64, 300, 2, 500  # characters, and probe prompts
 LOG_BYTES = 64 * 2**10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submission:
-    """What the form of the Train tab holds."""
-
-    name: str
-    methods: tuple[str, ...]
-    description: str = ""
-    probes: tuple[str, ...] = ()
-    lambda_: float = 5.0
-    beta: float = 0.1
-    learning_rate: float = 3e-4
-    epochs: float = 1.0
-    batch_size: int = 8
-    rank: int = 8
-    seed: int = 0
-    held_out_share: float = 0.1
-
-    def plan(self, method: str, pairs: Path) -> TrainingPlan:
-        return TrainingPlan(
-            preference=self.name,
-            method=method,
-            pairs=str(pairs),
-            lambda_=self.lambda_,
-            beta=self.beta,
-            learning_rate=self.learning_rate,
-            epochs=self.epochs,
-            batch_size=self.batch_size,
-            rank=self.rank,
-            alpha=2 * self.rank,
-            held_out_share=self.held_out_share,
-            seed=self.seed,
-            description=self.description.strip(),
-        )
 
 
 def owner_of(token: str) -> str:
@@ -78,17 +43,22 @@ class Jobs:
         """Everyone's adapters and the owner's own."""
         return self.shared if owner == OPERATOR else self.shared.of(self.settings.data / "adapters" / owner)
 
-    def submit(self, owner: str, pairs: Sequence[Pair], wanted: Submission) -> Job:
-        """Queue a job. When this returns, pairs and job are on the disk."""
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", wanted.name) or len(wanted.name) > MAX_NAME:
-            raise BapoError(
-                f"Name the taste with at most {MAX_NAME} letters, digits, '-' and '_', not {wanted.name!r}."
-            )
-        if not wanted.methods:
+    def submit(
+        self, owner: str, pairs: Sequence[Pair], plan: TrainingPlan, methods: Sequence[str], probes: Sequence[str] = ()
+    ) -> Job:
+        """Queue the plan under each of the methods, in turn, on these pairs.
+
+        `plan.preference` is the taste's name. `probes` are prompts to answer while it trains. When this
+        returns, pairs and job are on the disk.
+        """
+        name = plan.preference
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or len(name) > MAX_NAME:
+            raise BapoError(f"Name the taste with at most {MAX_NAME} letters, digits, '-' and '_', not {name!r}.")
+        if not methods:
             raise BapoError("Choose a method: BAPO, DPO, or both.")
-        if len(wanted.description) > MAX_DESCRIPTION:
-            raise BapoError(f"The description may have {MAX_DESCRIPTION} characters, not {len(wanted.description)}.")
-        probes = tuple(probe.strip() for probe in wanted.probes if probe.strip())
+        if len(plan.description) > MAX_DESCRIPTION:
+            raise BapoError(f"The description may have {MAX_DESCRIPTION} characters, not {len(plan.description)}.")
+        probes = tuple(probe.strip() for probe in probes if probe.strip())
         if len(probes) > MAX_PROBES or any(len(probe) > MAX_PROBE for probe in probes):
             raise BapoError(f"Give {MAX_PROBES} probe prompts at most, of {MAX_PROBE} characters at most each.")
         if not pairs:
@@ -99,21 +69,22 @@ class Jobs:
         job_id = new_id()
         folder = self.store.folder(job_id)
         adapters = self.adapters_of(owner)
-        plans = tuple(wanted.plan(method, folder / "pairs.jsonl") for method in wanted.methods)
-        for plan in plans:
-            self._check_steps(plan, pairs)
-            if adapters.place(plan.preference, plan.method).exists():
-                raise BapoError(f"You have an adapter {plan.preference}-{plan.method} already. Choose another name.")
-            if any(
-                job.state not in (CANCELLED, FAILED)
-                and plan.preference == job.request.name
-                and plan.method in job.methods
-                for job in self.store.jobs(owner)
-                if job.ended is None
-            ):
-                raise BapoError(f"A job for {plan.preference}-{plan.method} waits or runs already.")
+        self._check_steps(plan, pairs)
+        pairs_file = str(folder / "pairs.jsonl")
+        plans = tuple(replace(plan, method=method, pairs=pairs_file) for method in methods)
+        under_way = {
+            (job.request.name, method)
+            for job in self.store.jobs(owner)
+            if job.state in (QUEUED, RUNNING)
+            for method in job.methods
+        }
+        for method in methods:
+            if adapters.place(name, method).exists():
+                raise BapoError(f"You have an adapter {name}-{method} already. Choose another name.")
+            if (name, method) in under_way:
+                raise BapoError(f"A job for {name}-{method} waits or runs already.")
         request = JobRequest(
-            name=wanted.name,
+            name=name,
             plans=plans,
             base=self.shared.base_name,
             base_fingerprint=self.shared.base_fingerprint,
@@ -177,7 +148,10 @@ class Jobs:
             )
 
     def _check_space(self) -> None:
-        used = sum(path.stat().st_size for path in self.settings.data.rglob("*") if path.is_file())
+        used = 0
+        for path in self.settings.data.rglob("*"):
+            with suppress(FileNotFoundError):  # checkpoints come and go
+                used += path.stat().st_size if path.is_file() else 0
         if used > self.settings.max_data_gb * 10**9:
             raise BapoError(
                 f"The jobs here take {used / 10**9:.1f} GB already; {self.settings.max_data_gb} GB are allowed. "

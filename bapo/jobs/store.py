@@ -199,6 +199,12 @@ class JobStore:
                 raise BapoError("There is no such job, or it is not yours.")
             return _job(row, _place(database, row))
 
+    def state(self, job_id: str) -> str | None:
+        """The job's state, None where it has been deleted."""
+        with self._database(write=False) as database:
+            row = database.execute("SELECT state FROM job WHERE id = ?", (job_id,)).fetchone()
+            return row["state"] if row else None
+
     def jobs(self, owner: str | None = None) -> list[Job]:
         """The newest first; of one owner, or all."""
         with self._database(write=False) as database:

@@ -1,7 +1,10 @@
 """The Adapters tab: what there is, what it does, and its coming and going."""
 
+import os
 import secrets
+import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +12,7 @@ from pathlib import Path
 import gradio as gr
 
 from bapo.adapter_files import export_zip, import_adapter
-from bapo.adapters import AdapterStore
+from bapo.adapters import Adapter, AdapterStore
 from bapo.errors import BapoError
 from bapo.inference.engine import LocalEngine
 from bapo.jobs.service import Jobs
@@ -18,6 +21,7 @@ from bapo.ui.visitors import Visitors
 
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 UNDO_SECONDS = 3600  # how long a deleted adapter can be brought back
+KEEP_SECONDS = 3600  # and how long a download stays
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +116,7 @@ def build_adapters_tab(engine: LocalEngine, jobs: Jobs, visitors: Visitors, toke
             adapter = jobs.adapters_of(visitors.owner(known, request)).named(name or "")
         except BapoError:
             return None
-        # Whoever knows the address of a cached file can fetch it: nobody can guess this one.
-        folder = Path(tempfile.mkdtemp(prefix=f"bapo-{secrets.token_hex(16)}-"))
-        export_zip(adapter, folder / f"{adapter.name}.zip")
-        return str(folder / f"{adapter.name}.zip")
+        return str(_exported(adapter))
 
     def on_upload(known, path, name, method, request: gr.Request):
         def change(store: AdapterStore) -> str:
@@ -138,3 +139,17 @@ def build_adapters_tab(engine: LocalEngine, jobs: Jobs, visitors: Visitors, toke
     picker.change(on_download, [token, picker], download, **QUIET)
     take.click(on_upload, [token, file, upload_name, upload_method], changed, api_visibility="private")
     return AdaptersTab(refresh, [token], outputs)
+
+
+def _exported(adapter: Adapter) -> Path:
+    """A fresh zip of an adapter where gradio may serve it from; those of an hour ago are removed."""
+    downloads = Path(tempfile.gettempdir()) / f"bapo-downloads-{os.getuid()}"
+    downloads.mkdir(mode=0o700, exist_ok=True)
+    for former in downloads.iterdir():
+        if time.time() - former.stat().st_mtime > KEEP_SECONDS:
+            shutil.rmtree(former, ignore_errors=True)
+    # Whoever knows the address of a file can fetch it: nobody can guess this one.
+    folder = downloads / secrets.token_hex(16)
+    folder.mkdir()
+    export_zip(adapter, folder / f"{adapter.name}.zip")
+    return folder / f"{adapter.name}.zip"

@@ -12,9 +12,10 @@ from bapo.comparison import compare, score_pairs
 from bapo.errors import BapoError
 from bapo.inference.decoding import Sampling
 from bapo.inference.engine import LocalEngine
-from bapo.jobs.service import Jobs, Submission
+from bapo.jobs.service import Jobs
 from bapo.pair_files import read_limits
 from bapo.pairs import PairsReport, read_pairs
+from bapo.training.plan import TrainingPlan
 from bapo.ui.visitors import Visitors
 
 MAX_SCORED = 200  # pairs in one call of `score`
@@ -96,14 +97,11 @@ def build_api(engine: LocalEngine, jobs: Jobs, visitors: Visitors) -> None:
         """
         if method not in ("bapo", "dpo", "both"):
             raise BapoError(f"There is no method {method!r}; choose bapo, dpo or both.")
-        wanted = Submission(
-            name=name,
-            methods=("dpo", "bapo") if method == "both" else (method,),
-            description=description,
-            epochs=epochs,
-            learning_rate=learning_rate,
+        plan = TrainingPlan(
+            preference=name, description=description.strip(), epochs=epochs, learning_rate=learning_rate
         )
-        return jobs.submit(visitors.owner(token, request), _sound(_read(pairs)).pairs, wanted).as_dict()
+        methods = ("dpo", "bapo") if method == "both" else (method,)
+        return jobs.submit(visitors.owner(token, request), _sound(_read(pairs)).pairs, plan, methods).as_dict()
 
     def job_status(job_id: str, request: gr.Request, token: str = "") -> dict[str, Any]:
         """Where a job of yours stands: its state, place in the queue, phase, progress and ETA in seconds.

@@ -9,7 +9,7 @@ import gradio as gr
 
 from bapo.errors import BapoError
 from bapo.inference.engine import LocalEngine
-from bapo.jobs.service import Jobs, Submission
+from bapo.jobs.service import Jobs
 from bapo.jobs.store import CANCELLED, FAILED, FINISHED, QUEUED, RUNNING, Job
 from bapo.pair_files import read_limits
 from bapo.pairs import COLUMNS, PairsReport, read_pairs
@@ -127,7 +127,7 @@ def build_train_tab(
     with gr.Accordion("Log", open=False):
         log = gr.Code(language=None, interactive=False, show_label=False, lines=8, max_lines=20, elem_id="job-log")
 
-    form = [name, description, method, lambda_, beta, rate, epochs, batch, rank, share, seed, *probes]
+    form = [method, name, description, lambda_, beta, rate, epochs, batch, rank, share, seed, *probes]
     reading = [upload, report, mapper, *pickers, namer, wanted, leave_out, details, expected, start]
     jobs_view = [picker, panel, pictures, cancel, resume, delete, compare_now, *charts, answers, log, shown]
 
@@ -202,7 +202,15 @@ def build_train_tab(
                 raise BapoError("Upload a file of pairs first.")
             if found.report.problems and not sound_only:
                 raise BapoError("Some rows are faulty: leave them out, or mend the file.")
-            job = jobs.submit(visitors.owner(known, request), found.report.pairs, _submission(*values))
+            method, *settings = values
+            *settings, first, second = settings
+            job = jobs.submit(
+                visitors.owner(known, request),
+                found.report.pairs,
+                _plan(*settings),
+                METHOD_CHOICES[method],
+                (first or "", second or ""),
+            )
             told = "Queued. You may close this page: the job goes on, and is here when you come back."
             return texts.notice(told), *view(known, job.id, None, request)
         except BapoError as error:
@@ -256,25 +264,22 @@ def build_train_tab(
     return TrainTab(view, [token, picker, shown], jobs_view)
 
 
-def _submission(
-    name, description, method, lambda_, beta, rate, epochs, batch, rank, share, seed, *probes
-) -> Submission:
+def _plan(name, description, lambda_, beta, rate, epochs, batch, rank, share, seed) -> TrainingPlan:
     try:
-        return Submission(
-            name=(name or "").strip(),
-            methods=METHOD_CHOICES[method],
-            description=description or "",
-            probes=tuple(probe or "" for probe in probes),
+        return TrainingPlan(
+            preference=(name or "").strip(),
+            description=(description or "").strip(),
             lambda_=float(lambda_),
             beta=float(beta),
             learning_rate=float(rate),
             epochs=float(epochs),
             batch_size=int(batch),
             rank=int(rank),
+            alpha=2 * int(rank),
             seed=int(seed),
             held_out_share=float(share),
         )
-    except (TypeError, ValueError, OverflowError, KeyError):
+    except (TypeError, ValueError, OverflowError):
         raise BapoError("One of the advanced settings is empty or not a number.") from None
 
 
