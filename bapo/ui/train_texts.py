@@ -9,7 +9,7 @@ from bapo.jobs.store import FINISHED, QUEUED, RUNNING, Curves, Job
 from bapo.pairs import PairsReport
 from bapo.training.preview import Estimate, Preview
 from bapo.ui.charts import NAMES
-from bapo.ui.texts import signed
+from bapo.ui.texts import label, signed
 
 SHOWN_PROBLEMS = 50
 SHOWN_CHARACTERS = 1200
@@ -144,7 +144,7 @@ def adapter_cards(found: Sequence[Adapter], own: set[str]) -> str:
         whose = "yours" if adapter.key in own else "everyone's"
         data = card.data_sha256[:12] or "unknown"
         rows.append(
-            f"<tr><td><b>{escape(card.preference)}</b><br><small>{escape(card.description)}</small></td>"
+            f"<tr><td><b>{escape(label(card.preference))}</b><br><small>{escape(card.description)}</small></td>"
             f"<td>{escape(NAMES.get(card.method, card.method))}</td><td>{whose}</td>"
             f"<td>{card.training_pairs:,}</td>{shown}<td><code>{escape(data)}</code></td></tr>"
         )
