@@ -14,8 +14,8 @@ from bapo.training.objectives import METHODS
 
 ANCHOR_PROMPTS = Path(__file__).parent.parent / "data" / "anchor_prompts.txt"
 # What `--all` changes of the defaults. A step is one prompt with its pairs (five of a style, three of a domain),
-# under BAPO with one anchor-only question beside it: half of our set, once, in small steps. The last 18 of the
-# embedded base's 30 layers carry the taste as well as all of them do, at 60 % of the size.
+# under BAPO with one anchor-only question beside it: half of our set, once, in small steps. Adapters of the last
+# 18 of the embedded base's 30 layers take 2.9 MB each, so that all twenty can be shipped.
 RECIPE: dict[str, Any] = {"learning_rate": 2e-4, "epochs": 0.5, "last_layers": 18}
 PAIRS_A_PROMPT = {"style": 5, "domain": 3}
 
