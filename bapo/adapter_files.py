@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def _unzip(path: Path, scratch: Path) -> None:
                         if sink.tell() + len(block) > limit:
                             raise BapoError(f"{name} in {path.name} is larger than {limit >> 20} MB.")
                         sink.write(block)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
         raise BapoError(f"{path.name} is no zip archive that can be read: {error}.") from error
 
 

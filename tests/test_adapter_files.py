@@ -103,6 +103,14 @@ def test_hostile_zips_are_refused(store, llama_base, tmp_path):
     )
     refused("is not a JSON object", lambda a: (a.writestr(CONFIG, "["), a.writestr(WEIGHTS, "x")))
     refused("named with letters", lambda archive: None, name="../up")
+    with zipfile.ZipFile(tmp_path / "c.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(CONFIG, json.dumps({"peft_type": "LORA"}) * 50)
+    damaged = bytearray((tmp_path / "c.zip").read_bytes())
+    start = 30 + len(CONFIG)  # behind the entry's header: its compressed data
+    damaged[start : start + 8] = b"\xff" * 8
+    (tmp_path / "c.zip").write_bytes(damaged)
+    with pytest.raises(BapoError, match="no zip archive that can be read"):
+        import_adapter(tmp_path / "c.zip", store, llama_base.folder, "mine", "bapo")
     (tmp_path / "b.zip").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(BapoError, match="no zip archive"):
         import_adapter(tmp_path / "b.zip", store, llama_base.folder, "mine", "bapo")

@@ -1,6 +1,7 @@
 """The Train tab: a file of pairs, a taste, a job that lives without the page, and its curves."""
 
 import logging
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,6 +216,10 @@ def build_train_tab(
             return texts.notice(told), *view(known, job.id, None, request)
         except BapoError as error:
             return texts.notice(str(error), "alert"), *_skipped(jobs_view)
+        except (OSError, sqlite3.Error):  # a full disk, most likely: nothing of the submission is left behind
+            logger.exception("a job could not be stored")
+            told = "The job could not be stored. Free some space on the server's disk, then press Train again."
+            return texts.notice(told, "alert"), *_skipped(jobs_view)
 
     def view(known, job_id, drawn, request: gr.Request):
         """Everything that concerns the picked job; the curves only where there is something new."""
@@ -234,10 +239,14 @@ def build_train_tab(
         )
         if looks == drawn:
             return (*head, *_skipped([*charts, answers, log]), drawn)
-        curves = jobs.curves(who, job.id) if job else None
+        try:
+            curves = jobs.curves(who, job.id) if job else None
+            written = jobs.log(who, job.id) if job else ""
+        except BapoError:  # deleted from somewhere else in this very moment; the next look shows it
+            return _skipped(jobs_view)
         figures = [training_figure(chart, curves.metrics if curves else {}) for chart in CHARTS]
         told = train_texts.answers(curves) if curves else ""
-        return (*head, *figures, told, jobs.log(who, job.id) if job else "", looks)
+        return (*head, *figures, told, written, looks)
 
     def act(what: Callable, known, job_id, request: gr.Request):
         try:
@@ -255,7 +264,10 @@ def build_train_tab(
         button.click(pressed, [token, picker], [message, *jobs_view], **QUIET)
 
     def to_compare(known, job_id, request: gr.Request):
-        job = jobs.get(visitors.owner(known, request), job_id or "")
+        try:
+            job = jobs.get(visitors.owner(known, request), job_id or "")
+        except BapoError:  # deleted meanwhile
+            return gr.skip(), gr.skip()
         return gr.Tabs(selected="compare"), compare.offered(known, request, job.request.name)
 
     compare_now.click(to_compare, [token, picker], [tabs, compare.preference], **QUIET)
