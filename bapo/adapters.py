@@ -80,6 +80,13 @@ class Adapter:
         return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """A policy of several adapters at once, each with its weight: θ = θ_base + Σ wᵢ·AᵢBᵢ."""
+
+    parts: tuple[tuple[Adapter, float], ...]
+
+
 def flush(folder: Path) -> None:
     """Have the folder's files on the disk itself, so that a rename never comes before what it names."""
     for path in [*(path for path in folder.rglob("*") if path.is_file()), folder]:

@@ -53,7 +53,7 @@ def compare_command(args: argparse.Namespace, settings: Settings) -> int:
     sampling = Sampling(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    engine = _load_engine(settings)
+    engine = _load_engine(replace(settings, exact=settings.exact or args.exact))
     frame: Frame | None = None
     with tqdm(total=args.max_new_tokens, unit="token", desc="answering", leave=False) as bar:
         for frame in compare(engine, args.prompt, args.preference, sampling):
@@ -66,6 +66,7 @@ def compare_command(args: argparse.Namespace, settings: Settings) -> int:
         drift = "" if answer.name == "base" else f" · drift {frame.drift(answer.name).nats:+.1f} nats"
         print(f"── {answer.name} · {answer.tokens} tokens · {answer.tokens_per_second:.1f} tokens/s{drift}")
         print(_printable(answer.text.strip()), end="\n\n")
+    print(f"{frame.tokens_per_second:.1f} tokens/s together · base weights as {frame.weights}")
     return 0
 
 
@@ -243,6 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
     compare.add_argument("--top-p", type=float, default=1.0, metavar="P")
     compare.add_argument("--seed", type=int, default=0, metavar="S")
+    compare.add_argument("--exact", action="store_true", help="decode with the base's weights as they are, unrounded")
     common(compare)
 
     score = command("score", score_command, "Log-probs of given pairs under base, DPO and BAPO.")

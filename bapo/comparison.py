@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # another engine, a server say, will stand behind the same ca
     from bapo.inference.engine import LocalEngine, Piece
 
 FRAME_SECONDS = 0.1  # a page gains nothing from more frames than this
+TURN_STEPS = 8  # tokens of every row before the next visitor's turn: a short answer never waits for a long one
 METHODS = ("dpo", "bapo")  # the policies compared with the base, in the order they are shown
 
 
@@ -53,7 +54,8 @@ class BaseToken:
 class Frame:
     """Everything a view shows at one moment.
 
-    `ahead` counts the requests that must be answered first; answers begin when it is 0.
+    `ahead` counts the requests that must be answered first; answers begin when it is 0. `weights` says with
+    which numbers the base's weights are decoded: "int16", "float32", …
     """
 
     preference: str
@@ -63,10 +65,16 @@ class Frame:
     ahead: int = 0
     seconds: float = 0.0
     done: bool = False
+    weights: str = ""
 
     @property
     def methods(self) -> list[str]:
         return [answer.name for answer in self.answers if answer.name != BASE]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all answers together."""
+        return sum(answer.tokens for answer in self.answers) / self.seconds if self.seconds else 0.0
 
     def drift(self, method: str) -> Drift:
         """Drift of the base's answer so far."""
@@ -91,8 +99,10 @@ class Frame:
             ],
             "drift": {method: _drift_dict(self.drift(method)) for method in self.methods},
             "base": self.base,
+            "weights": self.weights,
             "preference": self.preference,
             "seconds": self.seconds,
+            "tokens_per_second": self.tokens_per_second,
         }
 
 
@@ -131,7 +141,7 @@ def compare(
     engine.check(prompt, sampling)
     found = (store or engine.store).for_preference(preference)
     methods = [method for method in METHODS if method in found]
-    frame = Frame(preference, engine.base_name)
+    frame = Frame(preference, engine.base_name, weights=engine.decoding_weights)
     with engine.turns.ticket() as ticket:
         while not ticket.wait(0.5):
             yield replace(frame, ahead=ticket.ahead)
@@ -143,13 +153,16 @@ def compare(
         follows = [None] * len(run.answers) + [0] * len(methods)
         start = time.monotonic()
         shown = -FRAME_SECONDS  # the first token is shown at once
-        for pieces in engine.decode(prompt, adapters, follows, sampling):
+        for step, pieces in enumerate(engine.decode(prompt, adapters, follows, sampling), start=1):
             seconds = time.monotonic() - start
             run.advance(pieces, seconds)
             frame = _frame(frame, run, seconds)
             if seconds - shown >= FRAME_SECONDS:
                 shown = seconds
                 yield frame
+            if step % TURN_STEPS == 0 and ticket.pass_on():
+                while not ticket.wait(0.5):
+                    yield frame  # nothing new, but a moment to be stopped in
     yield _frame(frame, run, time.monotonic() - start, done=True)
 
 
@@ -196,6 +209,8 @@ def score_pairs(
                     prompt, logps[pair.chosen], logps[pair.rejected], base_response, len(answers[prompt].token_ids)
                 )
             progress(done, len(by_prompt))
+            if ticket.pass_on():
+                ticket.wait()
     every = [scored[pair] for pair in pairs]
     return {
         "base": engine.base_name,

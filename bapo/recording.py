@@ -53,4 +53,9 @@ def _frame(record: dict) -> Frame:
         for p in record["policies"]
     )
     tokens = tuple(BaseToken(token["text"], token["logps"]) for token in record["base_tokens"])
-    return Frame(record["preference"], record["base"], answers, tokens, seconds=record["seconds"], done=True)
+    return Frame(
+        *(record["preference"], record["base"], answers, tokens),
+        seconds=record["seconds"],
+        done=True,
+        weights=record["weights"],
+    )

@@ -19,8 +19,9 @@ def _user_data() -> Path:
 
 HUGGING_FACE = "huggingface"  # as `sign_in`: whoever has an account there
 PATHS = ("cache", "adapters", "data")
+SWITCHES = ("exact", "publishing")
 COUNTS = (
-    *("port", "max_prompt_tokens", "max_new_tokens", "resident_adapters"),
+    *("port", "max_prompt_tokens", "max_new_tokens", "adapter_memory_mb"),
     *("max_upload_mb", "max_pairs", "max_steps", "max_jobs", "max_data_gb"),
 )
 
@@ -30,11 +31,12 @@ class Settings:
     """What an operator may change. Paths are folders, counts are whole numbers.
 
     `base` is a preset, a hub id or a local folder; `None` chooses by the machine
-    (see `bapo.inference.base.default_preset`). `precision` concerns CUDA alone. `cache` may be deleted at
-    any time; `data` holds what users made: jobs, their pairs and their adapters. `max_pairs` and
-    `max_steps` limit one job, `max_jobs` what one user may have waiting or running, `max_data_gb` what
-    all jobs may take on the disk. `sign_in` is "huggingface" on a Space, or lists users who must give a
-    password, as name:password,name:password. `publishing` lets visitors share their adapters with all others.
+    (see `bapo.inference.base.default_preset`). `precision` concerns CUDA alone; `exact` keeps a CPU from
+    decoding with rounded weights. `adapter_memory_mb` is for adapters used lately. `cache` may be deleted at any
+    time; `data` holds what users made: jobs, their pairs and their adapters. `max_pairs` and `max_steps` limit
+    one job, `max_jobs` what one user may have waiting or running, `max_data_gb` what all jobs may take on the
+    disk. `sign_in` is "huggingface" on a Space, or lists users who must give a password, as
+    name:password,name:password. `publishing` lets visitors share their adapters with all others.
     """
 
     base: str | None = None
@@ -45,7 +47,8 @@ class Settings:
     port: int = 7860
     max_prompt_tokens: int = 2048
     max_new_tokens: int = 512
-    resident_adapters: int = 8
+    adapter_memory_mb: int = 512
+    exact: bool = False
     data: Path = field(default_factory=_user_data)
     max_upload_mb: int = 32
     max_pairs: int = 20_000
@@ -85,8 +88,9 @@ class Settings:
         for name in PATHS:
             if name in values:
                 values[name] = Path(values[name]).expanduser()
-        if "publishing" in values:
-            values["publishing"] = values["publishing"].lower() in ("1", "true", "yes", "on")
+        for name in SWITCHES:
+            if name in values:
+                values[name] = values[name].lower() in ("1", "true", "yes", "on")
         for name in COUNTS:
             if name in values:
                 try:

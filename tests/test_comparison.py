@@ -65,7 +65,7 @@ def test_a_comparison_has_three_answers_and_two_drifts(tiny_engine):
     assert len(frame.base_tokens) == frame.answers[0].tokens
     assert "".join(token.text for token in frame.base_tokens) == frame.answers[0].text
     printed = frame.as_dict()
-    assert list(printed) == ["policies", "drift", "base", "preference", "seconds"]
+    assert list(printed) == ["policies", "drift", "base", "weights", "preference", "seconds", "tokens_per_second"]
     assert list(printed["policies"][0]) == ["name", "text", "tokens", "tokens_per_second", "logps"]
 
 
@@ -142,6 +142,24 @@ def test_the_second_visitor_is_told_to_wait_and_gets_its_own_text(tiny_engine):
     assert seen[-1].answers[2].text == alone["two"]
 
 
+def test_a_short_answer_does_not_wait_for_a_long_one(tiny_engine):
+    tiny_engine.base.stop_ids = frozenset()
+    long, short = Sampling(max_new_tokens=200), Sampling(max_new_tokens=12)
+    alone = last_frame(tiny_engine, "two", sampling=short)
+    told: list[Frame] = []
+    first = threading.Thread(target=lambda: told.extend(compare(tiny_engine, "one", "P2A", long)))
+    first.start()
+    while not any(frame.answers for frame in told):
+        first.join(0.01)
+    answered = last_frame(tiny_engine, "two", sampling=short)
+    assert first.is_alive() and not told[-1].done
+    # Turns of 8 tokens: the long answer had the one it was in and one before each of the short one's two.
+    assert told[-1].answers[0].tokens < 60
+    first.join(60)
+    assert [answer.text for answer in answered.answers] == [answer.text for answer in alone.answers]
+    assert told[-1].answers[0].tokens == 200
+
+
 def test_a_visitor_who_leaves_gives_the_model_up(tiny_engine):
     stream = compare(tiny_engine, "one", "P2A", Sampling(max_new_tokens=200))
     next(stream)
@@ -158,6 +176,12 @@ def test_turns_are_taken_in_order():
             assert [ticket.ahead for ticket in (first, second, third)] == [0, 1, 2]
             assert first.wait(0)
             assert not second.wait(0)
+        assert first.wait(0)
+        assert not first.pass_on(), "nobody waits"
+        with turns.ticket() as second, turns.ticket() as third:
+            assert first.pass_on()
+            assert [ticket.ahead for ticket in (second, third, first)] == [0, 1, 2]
+            assert second.wait(0) and not first.wait(0)
         assert first.wait(0)
     with turns.ticket() as next_one:
         assert next_one.wait(0)

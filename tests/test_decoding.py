@@ -7,20 +7,26 @@ import pytest
 import torch
 from peft import PeftModel
 
+from bapo.adapters import AdapterStore
 from bapo.errors import BapoError
 from bapo.inference.base import load_base
 from bapo.inference.decoding import Row, Sampling, decode
+from bapo.inference.engine import LocalEngine
 from bapo.inference.policies import Policies
+from tests.tiny import make_adapter
 
 PROMPT = "Why do leaves fall?"
 LENGTH = 24
 
 
+def exact(engine_or_base, settings):
+    return Policies(getattr(engine_or_base, "base", engine_or_base), 2**20, settings.cache, exact=True)
+
+
 def all_rows(engine, rows, **sampling):
     """row → (token ids, log-probs) of a finished stream; the rows name adapters."""
-    policies = Policies(engine.base, limit=4)
-    policies.require(engine.store.adapters())
-    rows = [replace(row, adapter=row.adapter and engine.store.named(row.adapter).key) for row in rows]
+    policies = exact(engine, engine.settings)
+    rows = [replace(row, policy=row.policy and engine.store.named(row.policy)) for row in rows]
     sampling.setdefault("max_new_tokens", LENGTH)
     ids, logps = defaultdict(list), defaultdict(list)
     for step in decode(policies, engine.base.encode_prompt(PROMPT), rows, Sampling(**sampling)):
@@ -38,6 +44,12 @@ def alone(engine, tiny_folders, architecture, settings, adapter):
     return base, PeftModel.from_pretrained(base.model, engine.store.folder / adapter).eval()
 
 
+def token_logps_apart(model, prompt, ids):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids).unsqueeze(1)).squeeze(1)
+
+
 @pytest.mark.parametrize("adapter", [None, "P2A-dpo", "literature-bapo"])
 def test_greedy_rows_equal_generate(tiny_engine, tiny_folders, architecture, settings, adapter):
     rows = [Row(None), Row("P2A-dpo"), Row("literature-bapo"), Row("P2A-dpo", 0), Row("literature-bapo", 0)]
@@ -52,7 +64,7 @@ def test_greedy_rows_equal_generate(tiny_engine, tiny_folders, architecture, set
         eos_token_id=sorted(base.stop_ids),
         pad_token_id=base.end_of_turn,
     )[0, prompt.shape[1] :].tolist()
-    row = [row.adapter for row in rows].index(adapter)
+    row = [row.policy for row in rows].index(adapter)
     assert ids[row] == expected
     assert len(set(map(tuple, (ids[0], ids[1], ids[2])))) == 3, "the adapters must change the text"
 
@@ -62,13 +74,28 @@ def test_rows_report_teacher_forced_logps(tiny_engine, tiny_folders, architectur
     rows = [Row(None), Row("P2A-dpo", 0), Row("P2A-bapo", 0)]
     ids, logps = all_rows(tiny_engine, rows, temperature=0.9, seed=3)
     base, model = alone(tiny_engine, tiny_folders, architecture, settings, adapter)
-    prompt = base.encode_prompt(PROMPT)
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt + ids[0]])).logits[0, len(prompt) - 1 : -1]
-    expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[0]).unsqueeze(1)).squeeze(1)
-    row = [row.adapter for row in rows].index(adapter)
+    expected = token_logps_apart(model, base.encode_prompt(PROMPT), ids[0])
+    row = [row.policy for row in rows].index(adapter)
     assert ids[row] == ids[0]
     torch.testing.assert_close(torch.tensor(logps[row]), expected, rtol=0, atol=1e-4)
+
+
+def test_layers_before_the_first_adapted_one_run_the_prompt_once(tiny_base, tiny_folders, architecture, settings):
+    store = AdapterStore(settings.adapters, tiny_base.name, tiny_base.fingerprint)
+    for seed, method in enumerate(("dpo", "bapo")):
+        make_adapter(tiny_base, store, "late", method, seed, layers=[1])
+    engine = LocalEngine(tiny_base, store, settings)
+    seen = {0: [], 1: []}
+    for layer, rows in seen.items():
+        norm = tiny_base.model.model.layers[layer].input_layernorm
+        norm.register_forward_pre_hook(lambda module, inputs, rows=rows: rows.append(len(inputs[0])))
+    ids, logps = all_rows(engine, [Row(None), Row("late-dpo", 0), Row("late-bapo", 0), Row("late-dpo", 0)])
+    assert (seen[0][0], seen[1][0]) == (1, 3)
+    assert set(seen[0][1:]) == set(seen[1][1:]) == {4}
+    for row, adapter in enumerate([None, "late-dpo", "late-bapo", "late-dpo"]):
+        base, model = alone(engine, tiny_folders, architecture, settings, adapter)
+        expected = token_logps_apart(model, base.encode_prompt(PROMPT), ids[0])
+        torch.testing.assert_close(torch.tensor(logps[row]), expected, rtol=0, atol=1e-4)
 
 
 def test_rows_share_their_random_numbers(tiny_engine):
@@ -94,7 +121,7 @@ def test_gumbel_draws_follow_the_softmax_cut_by_top_p():
 
 
 def test_a_row_that_ends_leaves_and_the_others_go_on(llama_base, settings):
-    policies = Policies(llama_base, limit=1)
+    policies = exact(llama_base, settings)
     prompt = llama_base.encode_prompt(PROMPT)
     free = [step[0].token_id for step in decode(policies, prompt, [Row(None)], Sampling(max_new_tokens=12))]
     llama_base.stop_ids = frozenset({free[4]})  # the greedy row now ends at its fifth token at the latest
@@ -122,15 +149,15 @@ def test_uneven_rows_keep_their_own_text(tiny_engine):
     assert ids[3] == free[0]
 
 
-def test_closing_the_stream_stops_the_model(tiny_engine, monkeypatch):
-    policies = Policies(tiny_engine.base, limit=1)
-    passes = []
-    monkeypatch.setattr(policies, "forward", lambda *a, f=policies.forward, **k: passes.append(1) or f(*a, **k))
+def test_closing_the_stream_stops_the_model(tiny_engine, settings, monkeypatch):
+    policies = exact(tiny_engine, settings)
+    steps = []
+    monkeypatch.setattr(policies, "step", lambda *a, f=policies.step: steps.append(1) or f(*a))
     stream = decode(policies, tiny_engine.base.encode_prompt(PROMPT), [Row(None)], Sampling(max_new_tokens=200))
     next(stream)
     next(stream)
     stream.close()
-    assert len(passes) == 2
+    assert len(steps) == 1, "the first token comes from the prompt"
 
 
 @pytest.mark.parametrize(

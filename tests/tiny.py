@@ -88,10 +88,15 @@ def tiny_model(architecture: str, tokenizer: PreTrainedTokenizerFast, longrope: 
     )
 
 
-def make_adapter(base: Base, store: AdapterStore, preference: str, method: str, seed: int, rank: int = 4) -> Path:
-    """Install a random LoRA adapter, strong enough to change what the tiny base says."""
+def make_adapter(
+    base: Base, store: AdapterStore, preference: str, method: str, seed: int, rank: int = 4, layers: list | None = None
+) -> Path:
+    """Install a random LoRA adapter, of some layers or all, strong enough to change what the tiny base says."""
     torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    target = "all-linear" if layers is None else ["down_proj", "o_proj"]
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=target, layers_to_transform=layers, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(copy.deepcopy(base.model), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name:

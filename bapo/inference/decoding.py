@@ -5,20 +5,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from bapo.errors import BapoError
-from bapo.inference.policies import Policies
+from bapo.inference.mixed_lora import RowWeights
+from bapo.inference.policies import Policies, Policy
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One sequence of a batch. `adapter` names its policy, None is the base.
+    """One sequence of a batch, under a policy: an adapter, a mix, or None, the base.
 
     A row with `follows` is fed the tokens of that row instead of its own choices: the log-probs it
     assigns to them are what teacher forcing would give.
     """
 
-    adapter: str | None
+    policy: Policy
     follows: int | None = None
 
 
@@ -54,16 +56,17 @@ class RowToken:
 
 @torch.inference_mode()
 def decode(
-    policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row], sampling: Sampling
+    policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row], sampling: Sampling, exact: bool = False
 ) -> Iterator[list[RowToken]]:
     """Yield, step by step, the tokens of all rows that are not done.
 
-    The prompt is run once per distinct adapter. All rows stand at the same position, so nothing is
-    padded; a row that is done leaves the batch. Close the iterator to stop within one step.
+    The prompt is run once per distinct policy. All rows stand at the same position, so nothing is
+    padded; a row that is done leaves the batch. Close the iterator to stop within one step. Between two
+    steps the model may serve others. `exact` excludes the rounded weights, should `policies` have any.
     """
-    generator = torch.Generator().manual_seed(sampling.seed)
+    generator = torch.Generator(policies.base.model.device).manual_seed(sampling.seed)
     live = list(range(len(rows)))
-    logits, cache = _prefill(policies, prompt_ids, rows)
+    weights, logits, cache = _prefill(policies, prompt_ids, rows)
     for step in range(sampling.max_new_tokens):
         noise = _gumbel(logits.shape[-1], generator) if sampling.temperature > 0 else None
         own = _choose(logits, sampling, noise).tolist()
@@ -83,20 +86,21 @@ def decode(
             return
         if len(staying) < len(live):
             cache.batch_select_indices(torch.tensor(staying, device=logits.device))
-            live, index = [live[i] for i in staying], index[staying]
-        output = policies.forward([rows[row].adapter for row in live], input_ids=index, past_key_values=cache)
-        logits, cache = _wide(output.logits[:, -1]), output.past_key_values
+            live, index, weights = [live[i] for i in staying], index[staying], weights.select(staying)
+        logits = _wide(policies.step(weights, exact, index.squeeze(1), cache))
 
 
-def _prefill(policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row]):
-    """Logits of the first token, [rows, vocabulary], and the cache of every row."""
-    distinct = list(dict.fromkeys(row.adapter for row in rows))
-    device = policies.base.model.device
-    prompt = torch.tensor([prompt_ids] * len(distinct), device=device)
-    output = policies.forward(distinct, input_ids=prompt, use_cache=True, logits_to_keep=1)
-    origin = torch.tensor([distinct.index(row.adapter) for row in rows], device=device)
-    output.past_key_values.batch_select_indices(origin)
-    return _wide(output.logits[:, -1])[origin], output.past_key_values
+def _prefill(policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row]) -> tuple[RowWeights, Tensor, Cache]:
+    """Every row's matrices, logits of its first token, [rows, vocabulary], and cache."""
+    distinct: list[Policy] = []
+    for row in rows:
+        if row.policy not in distinct:
+            distinct.append(row.policy)
+    weights = policies.gather(distinct)
+    logits, cache = policies.prefill(weights, len(distinct), prompt_ids)
+    origin = [distinct.index(row.policy) for row in rows]
+    cache.batch_select_indices(torch.tensor(origin, device=logits.device))
+    return weights.select(origin), _wide(logits)[origin], cache
 
 
 def _choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
@@ -115,7 +119,8 @@ def _choose(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
 
 
 def _gumbel(size: int, generator: torch.Generator) -> Tensor:
-    uniform = torch.rand(size, generator=generator, dtype=torch.float64).clamp_min(torch.finfo(torch.float64).tiny)
+    uniform = torch.rand(size, generator=generator, device=generator.device, dtype=torch.float64)
+    uniform = uniform.clamp_min(torch.finfo(torch.float64).tiny)
     return -torch.log(-torch.log(uniform))
 
 

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
-from bapo.adapters import Adapter, AdapterStore
+from bapo.adapters import AdapterStore
 from bapo.errors import BapoError
 from bapo.inference.base import Base, load_base
 from bapo.inference.base_responses import BaseResponse, base_responses
 from bapo.inference.decoding import Row, Sampling, decode
 from bapo.inference.detokenizer import Detokenizer
-from bapo.inference.policies import Policies
-from bapo.inference.scoring import response_logps
+from bapo.inference.policies import Policies, Policy
+from bapo.inference.scoring import policy_logps
 from bapo.inference.turns import Turns
 from bapo.pair_layouts import Prompt
 from bapo.settings import Settings
@@ -38,7 +37,7 @@ class LocalEngine:
         self.store = store
         self.settings = settings
         self.turns = Turns()
-        self._policies = Policies(base, settings.resident_adapters)
+        self._policies = Policies(base, settings.adapter_memory_mb * 10**6, settings.cache, settings.exact)
 
     @classmethod
     def load(cls, settings: Settings) -> "LocalEngine":
@@ -48,6 +47,11 @@ class LocalEngine:
     @property
     def base_name(self) -> str:
         return self.base.name
+
+    @property
+    def decoding_weights(self) -> str:
+        """With which numbers the base's weights are decoded: "int16", "float32", "nf4", …"""
+        return "int16" if self._policies.compact else self.base.numerics
 
     @property
     def resident_adapters(self) -> list[str]:
@@ -74,13 +78,10 @@ class LocalEngine:
             raise BapoError(f"The prompt is too long: {size}, at most {limit} tokens fit. Shorten it.")
 
     def decode(
-        self, prompt: str, adapters: Sequence[Adapter | None], follows: Sequence[int | None], sampling: Sampling
+        self, prompt: str, policies: Sequence[Policy], follows: Sequence[int | None], sampling: Sampling
     ) -> Iterator[list[Piece]]:
-        """Stream one row per entry of `adapters` (None is the base); see `bapo.inference.decoding`."""
-        self._policies.require(adapters)
-        rows = [
-            Row(adapter.key if adapter else None, leader) for adapter, leader in zip(adapters, follows, strict=True)
-        ]
+        """Stream one row per policy; see `bapo.inference.decoding`. Others may use the engine between two steps."""
+        rows = [Row(policy, leader) for policy, leader in zip(policies, follows, strict=True)]
         texts = [Detokenizer(self.base.tokenizer) for _ in rows]
         for step in decode(self._policies, self.base.encode_prompt(prompt), rows, sampling):
             yield [
@@ -88,21 +89,12 @@ class LocalEngine:
                 for token in step
             ]
 
-    def score(
-        self, prompt: Prompt, responses: Sequence[list[int]], adapters: Sequence[Adapter | None]
-    ) -> list[list[float]]:
-        """Log-probs (nats, summed) of tokenised responses: one list per adapter, None is the base."""
-        self._policies.require(adapters)
-        prompt_ids = self.base.encode_prompt(prompt)
-        scores = []
-        for adapter in adapters:
-            forward = partial(self._policies.forward, [adapter.key if adapter else None])
-            scores.append(response_logps(forward, self.base.model, prompt_ids, responses).tolist())
-        return scores
+    def score(self, prompt: Prompt, responses: Sequence[list[int]], policies: Sequence[Policy]) -> list[list[float]]:
+        """Log-probs (nats, summed) of tokenised responses: one list per policy. All in one pass, in exact weights."""
+        return policy_logps(self._policies, policies, self.base.encode_prompt(prompt), responses).tolist()
 
     def base_responses(
         self, prompts: Sequence[Prompt], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[Prompt, BaseResponse]:
         """y_b of every prompt; generated once, then from the disk."""
-        with self._policies.base_alone() as base:
-            return base_responses(base, prompts, self.settings.cache, progress=progress)
+        return base_responses(self.base, prompts, self.settings.cache, progress=progress)

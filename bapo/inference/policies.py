@@ -1,82 +1,118 @@
 """The base with its resident adapters: batches in which every row has a policy of its own."""
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
-from peft import PeftModel
-from safetensors import SafetensorError
+import psutil
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
 
-from bapo.adapters import Adapter
+from bapo.adapters import Adapter, Mix
 from bapo.errors import BapoError
 from bapo.inference.base import Base
+from bapo.inference.decoder_step import DecoderStep
+from bapo.inference.kernels import compile_kernels
+from bapo.inference.lora_weights import LoraWeights, read_lora
+from bapo.inference.mixed_lora import MixedModel, RowWeights
+from bapo.inference.products import choose_ways
+from bapo.inference.roomy_cache import roomy_cache
 
-PEFT_BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
+Policy = Adapter | Mix | None  # None is the base
 
 
 class Policies:
-    """Holds the model and at most `limit` adapters; the least recently used leaves first.
+    """Holds the model and the adapters used last, up to `memory` bytes; the least recently used leaves first.
 
-    PEFT wraps the base's linear layers in place: the base's weights are neither changed nor copied,
-    and a row without an adapter is the base itself.
+    The base's linear layers are replaced in place by layers that hold its very weights: these are neither
+    changed nor copied, and a row without an adapter is the base itself. Unless `exact`, decoding on a CPU
+    may read the weights as 16-bit integers (`bapo.inference.products`).
     """
 
-    def __init__(self, base: Base, limit: int):
+    def __init__(self, base: Base, memory: int, cache: Path, exact: bool = False):
         self.base = base
-        self.limit = limit
-        self._model: PeftModel | None = None
-        self._resident: OrderedDict[str, Adapter] = OrderedDict()
+        self.memory = memory
+        self._model = MixedModel.of(base.model)
+        self._resident: OrderedDict[str, tuple[Adapter, LoraWeights]] = OrderedDict()
+        products = [layer.product for layer in self._model.layers if layer.product]
+        rounded = 2 * sum(product.weight.numel() for product in products)
+        choose_ways(products, cache, compact=not exact and 2 * rounded < psutil.virtual_memory().available)
+        self._step = DecoderStep.of(base.model)
+        if self._step:
+            compile_kernels()
+        self.compact = any(product.is_compact for product in products)
 
     @property
     def resident(self) -> list[str]:
         """Names of the adapters in memory, least recently used first."""
-        return [adapter.name for adapter in self._resident.values()]
+        return [adapter.name for adapter, _ in self._resident.values()]
 
-    def require(self, adapters: Iterable[Adapter | None]) -> None:
-        """Load what is not in memory yet; None is the base. One call's adapters stay, even beyond the limit."""
-        wanted = {adapter.key: adapter for adapter in adapters if adapter}
+    def require(self, policies: Iterable[Policy]) -> None:
+        """Load what is not in memory yet. One call's adapters stay, even beyond the limit."""
+        wanted = {adapter.key: adapter for policy in policies for adapter, _ in _parts(policy)}
         for key, adapter in wanted.items():
-            if self._resident.get(key) != adapter:  # new, or trained again since
-                self._load(adapter)
+            held = self._resident.get(key)
+            if held is None or held[0] != adapter:  # new, or trained again since
+                self._resident[key] = adapter, self._load(adapter)
             self._resident.move_to_end(key)
-        while len(self._resident) > max(self.limit, len(wanted)):
-            self._drop(next(iter(self._resident)))
+        sizes = {key: weights.bytes for key, (_, weights) in self._resident.items()}
+        for key in [key for key in self._resident if key not in wanted]:
+            if sum(sizes.values()) <= self.memory:
+                break
+            del self._resident[key], sizes[key]
 
-    def forward(self, keys: Sequence[str | None], **inputs):
-        """One forward pass; row i runs under the adapter with the key `keys[i]`, or as the base where it is None."""
-        if self._model is None:
+    def gather(self, policies: Sequence[Policy]) -> RowWeights:
+        """The matrices of rows under these policies, loading what is not in memory; they outlive its eviction."""
+        self.require(policies)
+        return self._model.gather(
+            [[(self._resident[adapter.key][1], weight) for adapter, weight in _parts(policy)] for policy in policies]
+        )
+
+    def forward(self, rows: RowWeights, exact: bool = True, **inputs):
+        """One forward pass; row i runs under the i-th of the gathered policies."""
+        with self._model.mixed(rows, exact):
             return self.base.model(**inputs)
-        return self._model(adapter_names=[key or PEFT_BASE for key in keys], **inputs)
 
-    @contextmanager
-    def base_alone(self) -> Iterator[Base]:
-        """The plain base, for code that knows nothing of adapters."""
-        if self._model is None:
-            yield self.base
-        else:
-            with self._model.disable_adapter():
-                yield self.base
+    def step(self, rows: RowWeights, exact: bool, token_ids: Tensor, cache: Cache) -> Tensor:
+        """One token of every row, [rows]: logits of the next, [rows, vocabulary]. Extends the cache of `prefill`."""
+        if self._step and self._step.takes(cache):
+            with self._model.mixed(rows, exact):
+                return self._step(token_ids, cache)
+        return self.forward(rows, exact, input_ids=token_ids[:, None], past_key_values=cache).logits[:, -1]
 
-    def _load(self, adapter: Adapter) -> None:
-        device = str(self.base.model.device)
+    def prefill(self, rows: RowWeights, count: int, prompt_ids: Sequence[int]) -> tuple[Tensor, Cache]:
+        """Run a prompt under `count` gathered policies: logits of the next token, [count, vocabulary], and the cache.
+
+        The layers before the first adapted one are run once: there all rows are the base's.
+        """
+        cache = roomy_cache(self.base.model)
+        shared = self._model.first_adapted(rows) if count > 1 else 0
+        copies = self._model.one_row_until(shared, count) if shared else nullcontext()
+        prompt = torch.tensor([prompt_ids] * (1 if shared else count), device=self.base.model.device)
+        with copies:
+            output = self.forward(rows, input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for layer in cache.layers[:shared]:
+            layer.batch_repeat_interleave(count)
+        return output.logits[:, -1], cache
+
+    def _load(self, adapter: Adapter) -> LoraWeights:
+        dtype = torch.promote_types(self.base.model.dtype, torch.float32)  # as PEFT: adapters are never narrower
+        remedy = f"Remove {adapter.folder.name} and train it again."
         try:
-            if self._model is None:
-                self._model = PeftModel.from_pretrained(
-                    self.base.model, adapter.folder, adapter_name=adapter.key, torch_device=device
-                )
-            else:
-                self._drop(adapter.key)
-                self._model.load_adapter(adapter.folder, adapter_name=adapter.key, torch_device=device)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            self._drop(adapter.key)
+            weights = read_lora(adapter.folder, dtype, self.base.model.device)
+        except BapoError as error:
+            raise BapoError(f"The adapter {adapter.name} cannot be loaded: {error} {remedy}") from error
+        if missing := self._model.missing(weights):
             raise BapoError(
-                f"The adapter {adapter.name} cannot be loaded: its files are damaged or do not fit the base. "
-                f"Remove {adapter.folder.name} and train it again."
-            ) from error
-        self._model.eval()
-        self._resident[adapter.key] = adapter
+                f"The adapter {adapter.name} does not fit the base: it changes {missing[0]}, which is no linear layer "
+                f"of the decoder, or not of that shape. {remedy}"
+            )
+        return weights
 
-    def _drop(self, key: str) -> None:
-        self._resident.pop(key, None)
-        if self._model is not None and key in self._model.peft_config:
-            self._model.delete_adapter(key)
+
+def _parts(policy: Policy) -> Sequence[tuple[Adapter, float]]:
+    if policy is None:
+        return ()
+    return policy.parts if isinstance(policy, Mix) else ((policy, 1.0),)

@@ -105,6 +105,15 @@ def pad_trees(trees: Sequence[PromptTree]) -> Batch:
     }
 
 
+def repeat_batch(batch: Batch, times: int) -> Batch:
+    """The batch several times below itself, for as many policies; branches are numbered on through the copies."""
+    count = int(batch["branches"].max()) + 1
+    rows = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items() if name != "tree"}
+    copy = torch.arange(times).repeat_interleave(len(batch["branches"]))[:, None]
+    rows["branches"] = torch.where(rows["branches"] == PREFIX, PREFIX, rows["branches"] + copy * count)
+    return {**batch, **rows}
+
+
 def sum_branches(token_logps: Tensor, branches: Tensor) -> Tensor:
     """Sum per-token log-probs over each branch: [tokens] with their branch numbers → [branches]."""
     return token_logps.new_zeros(int(branches.max()) + 1).index_add(0, branches, token_logps)

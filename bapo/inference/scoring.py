@@ -2,18 +2,37 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bapo.inference.prefix_tree import PREFIX, Batch, PromptTree, pack_trees, pad_trees, sum_branches
+from bapo.inference.prefix_tree import PREFIX, Batch, PromptTree, pack_trees, pad_trees, repeat_batch, sum_branches
 from bapo.inference.token_logps import token_logps
 from bapo.inference.tree_attention import block_mask, limits_of
 
+if TYPE_CHECKING:  # training scores too, and needs no policies
+    from bapo.inference.policies import Policies, Policy
+
 # Where one of these is set, the model does more to its logits than project hidden states.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+@torch.inference_mode()
+def policy_logps(
+    policies: "Policies", chosen: Sequence["Policy"], prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]
+) -> Tensor:
+    """Summed log-probs, in nats, of each response under each policy, in one pass; shape [policies, responses]."""
+    model = policies.base.model
+    tree = PromptTree.grow(prompt_ids, responses)
+    packed = limits_of(model).pack(tree)
+    batch = repeat_batch((pack_trees if packed else pad_trees)([tree]), len(chosen))
+    rows = [policy for policy in chosen for _ in range(1 if packed else len(responses))]
+    forward = partial(policies.forward, policies.gather(rows))
+    logps = branch_logps(forward, model, {name: _on(model.device, value) for name, value in batch.items()})
+    return logps.view(len(chosen), len(responses))
 
 
 @torch.inference_mode()
@@ -46,7 +65,7 @@ def branch_logps(forward: Callable, model: PreTrainedModel, batch: Batch) -> Ten
         inputs["attention_mask"] = (
             block_mask(batch["branches"], batch["tree"])
             if model.device.type == "cuda"
-            else batch["branches"][None, None]
+            else batch["branches"][:1][None, None]
         )
     else:
         inputs["attention_mask"] = batch["attention_mask"]

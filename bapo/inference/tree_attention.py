@@ -75,11 +75,13 @@ def tree_attention(
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of one packed sequence: query [1, heads, T, width] → [1, T, heads, width].
+    """Attention of a packed sequence, in every row the same: query [rows, heads, T, width] → [rows, T, heads, width].
 
     `tree` is `pack_trees`' entry of that name. Dropout is not applied inside trees.
     """
     if tree is None:
+        if query.shape[2] == 1 and attention_mask is None:
+            return _attend_to_all(query, key, value, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
@@ -99,19 +101,27 @@ def tree_attention(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention of the last Q of K positions; query [1, heads, Q, width] → [1, Q, heads, width]."""
-    heads, span, seen = query.shape[1], query.shape[2], key.shape[2]
+    """Causal attention of the last Q of K positions; query [rows, heads, Q, width] → [rows, Q, heads, width]."""
+    rows, heads, span, seen = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     # Query heads that share a key head stand below each other, so that the keys need not be repeated.
     shared = heads // key.shape[1]
     visible = torch.ones(span, seen, dtype=torch.bool, device=query.device).tril(seen - span)
     output = F.scaled_dot_product_attention(
-        query.reshape(1, key.shape[1], shared * span, -1),
+        query.reshape(rows, key.shape[1], shared * span, -1),
         key,
         value,
         attn_mask=visible.repeat(shared, 1),
         scale=scaling,
     )
-    return output.reshape(1, heads, span, -1).transpose(1, 2)
+    return output.reshape(rows, heads, span, -1).transpose(1, 2)
+
+
+def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Attention of one decoded position to all positions; query [rows, heads, 1, width] → [rows, 1, heads, width]."""
+    rows, heads, _, width = query.shape
+    grouped = query.reshape(rows, key.shape[1], heads // key.shape[1], width)
+    output = F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
+    return output.reshape(rows, 1, heads, -1)
 
 
 def block_mask(branches: Tensor, tree: Sequence[Sequence[int]]) -> BlockMask:

@@ -1,4 +1,4 @@
-"""One model, many visitors: they are served in the order in which they came, and know their place."""
+"""One model, many visitors: they take turns of some tokens each, in the order in which they came."""
 
 import threading
 from collections import deque
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class Turns:
-    """A fair lock that tells those who wait how many are ahead of them."""
+    """A fair lock that tells those who wait how many are ahead of them, and that can be passed on and come back."""
 
     def __init__(self) -> None:
         self._line: deque[Ticket] = deque()
@@ -43,3 +43,14 @@ class Ticket:
         """Wait until it is this ticket's turn, at most so long; true if it is."""
         with self._turns._moved:
             return self._turns._moved.wait_for(lambda: self._turns._line[0] is self, seconds)
+
+    def pass_on(self) -> bool:
+        """Go to the end of the line if anyone waits; true if so, and then `wait` again."""
+        with self._turns._moved:
+            line = self._turns._line
+            if len(line) == 1:
+                return False
+            line.remove(self)
+            line.append(self)
+            self._turns._moved.notify_all()
+            return True

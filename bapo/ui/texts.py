@@ -14,6 +14,7 @@ WHAT_IT_IS = {
     "dpo": "the taste, trained the usual way",
     "bapo": "the taste, anchored to the base",
 }
+WEIGHTS = {"int16": "16-bit integers"}  # others go by their own names
 TOLD_CHANGE = 0.05  # nats; smaller changes are not worth a number under the token
 
 
@@ -96,8 +97,9 @@ def status(frame: Frame) -> str:
     if not frame.done:
         return notice("Answering …")
     total = sum(answer.tokens for answer in frame.answers)
-    rate = total / frame.seconds if frame.seconds else 0.0
-    return notice(f"{total} tokens in {frame.seconds:.1f} s, {rate:.1f} tokens/s over all answers.")
+    weights = f" The base's weights: {WEIGHTS.get(frame.weights, frame.weights)}." if frame.weights else ""
+    speed = f"{total} tokens in {frame.seconds:.1f} s, {frame.tokens_per_second:.1f} tokens/s over all answers."
+    return notice(speed + weights)
 
 
 def notice(text: str, kind: str = "status") -> str:

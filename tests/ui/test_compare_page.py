@@ -2,6 +2,7 @@
 
 import re
 
+import psutil
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -91,19 +92,20 @@ def test_stop_change_the_preference_ask_again_reload(page, tiny_app):
     expect(state(page)).to_contain_text("Ask a question")
 
 
-def test_two_tabs_at_once_get_their_own_text_and_the_second_is_told_to_wait(browser, page, tiny_app):
+def test_two_tabs_at_once_get_their_own_text_and_the_short_answer_does_not_wait(browser, page, tiny_app):
     open_page(page, tiny_app)
     second = browser.new_context().new_page()
     open_page(second, tiny_app)
-    choose_length(page, 512)
+    choose_length(page, LONGEST)
     choose_length(second, 16)
     ask(page, "first?")
     expect(page.locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
     ask(second, "second?")
-    expect(state(second)).to_contain_text("one question is being answered before yours", timeout=MINUTES)
-    expect(state(second)).to_contain_text("48 tokens in", timeout=2 * MINUTES)
-    expect(state(page)).to_contain_text("1536 tokens in", timeout=MINUTES)
+    expect(state(second)).to_contain_text("48 tokens in", timeout=MINUTES)
+    expect(state(page)).to_contain_text("Answering")
     assert answer(page, "base").inner_text()[:16] != answer(second, "base").inner_text()[:16]
+    page.click("#stop")
+    expect(state(page)).to_contain_text("Stopped after", timeout=MINUTES)
     second.context.close()
 
 
@@ -112,17 +114,26 @@ def test_closed_tabs_give_the_model_up(browser, page, tiny_app):
     for tab in [*leaving, page]:
         open_page(tab, tiny_app)
         choose_length(tab, 8 if tab is page else LONGEST)
-    ask(leaving[0], "first?")
-    expect(leaving[0].locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
-    # One after another: tabs that ask at once come in any order.
-    ask(leaving[1], "first?")
-    expect(state(leaving[1])).to_contain_text("one question is being answered before yours", timeout=MINUTES)
-    ask(leaving[2], "first?")
-    expect(state(leaving[2])).to_contain_text("2 questions are being answered before yours", timeout=MINUTES)
+    for tab in leaving:
+        ask(tab, "first?")
+        expect(tab.locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
+    assert load(tiny_app) > 50
     for tab in leaving:
         tab.context.close()
+    for _ in range(20):  # the three long answers take a minute and more
+        if load(tiny_app) < 20:
+            break
+    else:
+        pytest.fail("the app still answers those who have left")
     ask(page, "second?")
-    expect(state(page)).to_contain_text("24 tokens in", timeout=20_000)  # the three long ones take minutes
+    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+
+
+def load(url: str) -> float:
+    """Per cent of a core that the process behind an address takes during a second."""
+    port = int(url.rsplit(":", 1)[1])
+    listening = (each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.laddr.port == port)
+    return psutil.Process(next(listening).pid).cpu_percent(1.0)
 
 
 @pytest.mark.parametrize(

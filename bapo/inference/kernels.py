@@ -1,0 +1,208 @@
+"""A few rows times a frozen weight on the CPU, reading the weight once whatever the number of rows.
+
+Matrix libraries are made for many rows: at two to eight they copy the weight into panels first, or
+read it again for every row. Decoding does nothing but this, so the product is written out here and
+compiled for the machine by numba (once; it keeps the compiled code beside this file or in the user's cache).
+"""
+
+import os
+
+import numpy as np
+import torch
+
+os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))  # numba reads it when it is imported
+
+from numba import njit, prange
+
+# Sums may be taken in any order, as every matrix library does; infinities and NaNs keep their meaning.
+FREEDOM = {"reassoc", "contract"}
+SHARES = 2 * torch.get_num_threads()  # of the outputs: a thread that is late takes fewer
+
+
+@njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
+def multiply(weight, scale, x, a, b, places, out, shares):
+    """out[m, n] = scale[n] · Σ_k weight[n, k] · x[m, k] + Σ_r (Σ_k x[m, k] · a[p, r, k]) · b[p, r, n], p = places[m].
+
+    `weight` is [N, K] float32 or int16; the others are float32: `scale` [N], `x` [M, K], `out` [M, N], and the
+    LoRA matrices `a` [P, rank, K] and `b` [P, rank, N]; P may be 0. A row at no place (−1) has none. All
+    contiguous. The outputs are computed in so many `shares`.
+    """
+    rows, width = x.shape
+    outputs, rank = len(weight), a.shape[1] if len(a) else 0
+    inner = np.zeros((rows, rank), np.float32)
+    if rank:
+        for unit in prange(rows * rank):
+            m, r = unit // rank, unit % rank
+            if places[m] >= 0:
+                line = a[places[m], r]
+                total = np.float32(0)
+                for k in range(width):
+                    total += line[k] * x[m, k]
+                inner[m, r] = total
+    for share in prange(shares):
+        first, last = outputs * share // shares, outputs * (share + 1) // shares
+        for n in range(first, last):
+            _row_dots(weight[n], scale[n], x, out, n)
+        for m in range(rows if rank else 0):
+            if places[m] >= 0:
+                sums = out[m, first:last]
+                for r in range(rank):
+                    factor, line = inner[m, r], b[places[m], r, first:last]
+                    for n in range(sums.shape[0]):  # from 0, or the loop is not vectorised
+                        sums[n] += factor * line[n]
+
+
+@njit(inline="always")
+def _row_dots(line, factor, x, out, n):
+    rows = x.shape[0]
+    m = 0
+    # The rows of a group share each load of the weight: groups as large as the registers allow.
+    while m < rows:
+        left = rows - m
+        if left == 5:
+            _five(line, factor, x, out, m, n)
+            m += 5
+        elif left == 4 or left > 6:
+            _four(line, factor, x, out, m, n)
+            m += 4
+        elif left == 3 or left == 6:
+            _three(line, factor, x, out, m, n)
+            m += 3
+        elif left == 2:
+            _two(line, factor, x, out, m, n)
+            m += 2
+        else:
+            _one(line, factor, x, out, m, n)
+            m += 1
+
+
+@njit(inline="always")
+def _one(line, factor, x, out, m, n):
+    a = np.float32(0)
+    for k in range(line.shape[0]):
+        a += np.float32(line[k]) * x[m, k]
+    out[m, n] = a * factor
+
+
+@njit(inline="always")
+def _two(line, factor, x, out, m, n):
+    a = b = np.float32(0)
+    for k in range(line.shape[0]):
+        w = np.float32(line[k])
+        a += w * x[m, k]
+        b += w * x[m + 1, k]
+    out[m, n], out[m + 1, n] = a * factor, b * factor
+
+
+@njit(inline="always")
+def _three(line, factor, x, out, m, n):
+    a = b = c = np.float32(0)
+    for k in range(line.shape[0]):
+        w = np.float32(line[k])
+        a += w * x[m, k]
+        b += w * x[m + 1, k]
+        c += w * x[m + 2, k]
+    out[m, n], out[m + 1, n], out[m + 2, n] = a * factor, b * factor, c * factor
+
+
+@njit(inline="always")
+def _four(line, factor, x, out, m, n):
+    a = b = c = d = np.float32(0)
+    for k in range(line.shape[0]):
+        w = np.float32(line[k])
+        a += w * x[m, k]
+        b += w * x[m + 1, k]
+        c += w * x[m + 2, k]
+        d += w * x[m + 3, k]
+    out[m, n], out[m + 1, n] = a * factor, b * factor
+    out[m + 2, n], out[m + 3, n] = c * factor, d * factor
+
+
+@njit(inline="always")
+def _five(line, factor, x, out, m, n):
+    a = b = c = d = e = np.float32(0)
+    for k in range(line.shape[0]):
+        w = np.float32(line[k])
+        a += w * x[m, k]
+        b += w * x[m + 1, k]
+        c += w * x[m + 2, k]
+        d += w * x[m + 3, k]
+        e += w * x[m + 4, k]
+    out[m, n], out[m + 1, n] = a * factor, b * factor
+    out[m + 2, n], out[m + 3, n], out[m + 4, n] = c * factor, d * factor, e * factor
+
+
+@njit(fastmath=FREEDOM, nogil=True, cache=True)
+def normalise(x, weight, epsilon, out):
+    """out[m] = x[m] ÷ root mean square of x[m] × weight; [M, K] and [K], float32, contiguous."""
+    rows, width = x.shape
+    for m in range(rows):
+        squares = np.float32(0)
+        for k in range(width):
+            squares += x[m, k] * x[m, k]
+        factor = np.float32(1 / np.sqrt(squares / width + epsilon))
+        for k in range(width):
+            out[m, k] = x[m, k] * factor * weight[k]
+
+
+@njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
+def attend(states, cos, sin, keys, values, position, scaling, out):
+    """Rotate queries and keys, append keys and values to the cache at `position`, attend to all up to there.
+
+    `states` [M, (H + 2G)·D] holds H query heads, G key heads and G value heads; `cos` and `sin` [≤ D] turn the
+    first dimensions; `keys` and `values` [M, G, positions, D] are the cache; `out` is [M, H·D]. All float32.
+    """
+    rows, groups, _, width = keys.shape
+    heads = states.shape[1] // width - 2 * groups
+    shared = heads // groups
+    for unit in prange(rows * groups):
+        m, g = unit // groups, unit % groups
+        row, own, seen = states[m], keys[m, g], values[m, g]
+        _rotate(row[(heads + g) * width : (heads + g + 1) * width], cos, sin, own[position])
+        seen[position] = row[(heads + groups + g) * width : (heads + groups + g + 1) * width]
+        query = np.empty(width, np.float32)
+        weights = np.empty(position + 1, np.float32)
+        for head in range(g * shared, (g + 1) * shared):
+            _rotate(row[head * width : (head + 1) * width], cos, sin, query)
+            largest = np.float32(-np.inf)
+            for t in range(position + 1):
+                score = np.float32(0)
+                for d in range(width):
+                    score += query[d] * own[t, d]
+                weights[t] = score * np.float32(scaling)
+                largest = max(largest, weights[t])
+            total = np.float32(0)
+            for t in range(position + 1):
+                weights[t] = np.exp(weights[t] - largest)
+                total += weights[t]
+            attended = out[m, head * width : (head + 1) * width]
+            attended[:] = 0
+            for t in range(position + 1):
+                share = weights[t] / total
+                for d in range(width):
+                    attended[d] += share * seen[t, d]
+
+
+@njit(inline="always")
+def _rotate(x, cos, sin, out):
+    turned = cos.shape[0]
+    half = turned // 2
+    for d in range(half):
+        out[d] = x[d] * cos[d] - x[d + half] * sin[d]
+        out[d + half] = x[d + half] * cos[d + half] + x[d] * sin[d + half]
+    for d in range(turned, x.shape[0]):
+        out[d] = x[d]
+
+
+def compile_kernels() -> None:
+    """Compile all of the above, or fetch what was compiled before: some twenty seconds once, then a fraction of one.
+
+    Otherwise the first question of a new installation would wait for it.
+    """
+    one, line = np.ones((1, 2), np.float32), np.ones(2, np.float32)
+    cache, nothing = np.ones((1, 1, 1, 2), np.float32), np.empty((0, 0, 0), np.float32)
+    for kind in (np.float32, np.int16):
+        none, out = np.empty(0, np.int64), np.empty((1, 1), np.float32)
+        multiply(one.astype(kind), line[:1], one, nothing, nothing, none, out, SHARES)
+    normalise(one, line, 1e-6, one.copy())
+    attend(np.ones((1, 6), np.float32), line, line, cache, cache.copy(), 0, 1.0, one.copy())

@@ -1,0 +1,165 @@
+"""Products with the base's frozen weights: the fastest way for every shape, found by timing.
+
+Up to `FEW` rows a product is bound by reading the weight; which way reads it fastest depends on the
+processor, so every way is timed once per shape and the choice kept on the disk. One of the ways
+reads the weight as 16-bit integers with a scale per output ("compact"): half the bytes, and closer to
+float32 than bfloat16 is.
+"""
+
+import platform
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numba
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bapo.disk_cache import DiskCache
+from bapo.inference.kernels import SHARES, multiply
+
+FEW = 8
+TIMED_ROWS = (1, 2, 3, 5, 8)
+REPEATS = 3
+SMALL = 2**18  # weights of one shape below which no way takes time worth a choice
+LARGEST = 2**15 - 1
+
+LINEAR, TRANSPOSED, ONE_PASS, COMPACT = "linear", "transposed", "one pass", "compact"
+EXACT_WAYS = (LINEAR, TRANSPOSED, ONE_PASS)
+
+
+class Lora(NamedTuple):
+    """One layer's matrices for a batch: A [policies, rank, K] and B [policies, rank, N], contiguous, ranks padded with
+    zeros; row m takes those at `places[m]`, or none where that is −1."""
+
+    a: Tensor
+    b: Tensor
+    places: np.ndarray
+
+
+NO_LORA = Lora(torch.empty(0, 0, 0), torch.empty(0, 0, 0), np.empty(0, np.int64))
+
+
+def add_lora(y: Tensor, x: Tensor, lora: Lora | None) -> Tensor:
+    """y + (x Aᵀ) B, each row of x [rows, ..., K] and y [rows, ..., N] with its own matrices; writes to `y`."""
+    if lora is None:
+        return y
+    for place in np.unique(lora.places[lora.places >= 0]):
+        rows = np.flatnonzero(lora.places == place)
+        inner = x[rows].to(lora.a.dtype) @ lora.a[place].T
+        y[rows] += (inner @ lora.b[place]).to(y.dtype)
+    return y
+
+
+class Product:
+    """y = x Wᵀ + b for a weight [N, K] that does not change."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        self.weight = weight
+        self.bias = bias
+        # The kernels are written for float32 on the CPU.
+        self.special = weight.device.type == "cpu" and weight.dtype == torch.float32
+        self.exact_ways = [LINEAR] * (FEW + 1)  # by number of rows
+        self.ways = self.exact_ways
+        if self.special:
+            self._ones = torch.ones(len(weight)).numpy()
+            self._weight = weight.contiguous().numpy()
+        self._compact: tuple[np.ndarray, np.ndarray] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight.shape[0], self.weight.shape[1]
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether any number of rows is multiplied with the rounded weight."""
+        return COMPACT in self.ways
+
+    def make_compact(self) -> None:
+        """Keep a copy of the weight in 16-bit integers, to the nearest multiple of the row's largest ÷ 32767."""
+        scale = self.weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+        self._compact = (self.weight / scale[:, None]).round_().to(torch.int16).numpy(), scale.numpy()
+
+    def drop_compact(self) -> None:
+        self._compact = None
+
+    def __call__(self, x: Tensor, lora: Lora | None = None, exact: bool = True) -> Tensor:
+        """x [..., K] → [..., N]; with `lora`, x is [rows, ..., K]. `exact` excludes the rounded weight."""
+        rows = x.numel() // x.shape[-1]
+        if not self.special or not 0 < rows <= FEW:
+            return add_lora(F.linear(x, self.weight, self.bias), x, lora)
+        return self.by((self.exact_ways if exact else self.ways)[rows], x, lora)
+
+    def by(self, way: str, x: Tensor, lora: Lora | None = None) -> Tensor:
+        """The product by one of the ways."""
+        if way == LINEAR:
+            return add_lora(F.linear(x, self.weight, self.bias), x, lora)
+        flat = x.reshape(-1, x.shape[-1])
+        inside = NO_LORA
+        if way == TRANSPOSED:
+            out = (self.weight @ flat.T).T
+        else:
+            out = torch.empty(len(flat), len(self.weight))
+            weight, scale = (self._weight, self._ones) if way == ONE_PASS or not self._compact else self._compact
+            if lora and len(lora.places) == len(flat):  # one position of every row: the kernel adds the rows' own
+                inside, lora = lora, None
+            a, b, places = inside
+            multiply(weight, scale, flat.contiguous().numpy(), a.numpy(), b.numpy(), places, out.numpy(), SHARES)
+        if self.bias is not None:
+            out = out + self.bias
+        return add_lora(out.reshape(*x.shape[:-1], -1), x, lora)
+
+
+@torch.inference_mode()
+def choose_ways(products: Sequence[Product], cache: Path, compact: bool) -> None:
+    """Time the ways on every shape among `products`, at every number of rows, and let each take the fastest.
+
+    With `compact` the rounded weights take part. Small products are done in one pass, untimed. Choices are
+    remembered in `cache` for this machine and these versions: which way is taken decides the last bits of a
+    result, so it must not change by chance.
+    """
+    known = DiskCache(cache / "products")
+    machine = [platform.processor() or platform.machine(), torch.__version__, numba.__version__]
+    by_shape: dict[tuple[int, int], list[Product]] = {}
+    for product in products:
+        if product.special:
+            by_shape.setdefault(product.shape, []).append(product)
+    for shape, alike in by_shape.items():
+        if len(alike) * shape[0] * shape[1] < SMALL:
+            for product in alike:
+                product.exact_ways = product.ways = [ONE_PASS] * (FEW + 1)
+            continue
+        if compact:
+            for product in alike:
+                product.make_compact()
+        for exact in (True, False) if compact else (True,):
+            key = ["ways", *machine, torch.get_num_threads(), *shape, len(alike), exact]
+            if key not in known:
+                ways = EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT)
+                known[key] = {str(rows): _fastest(alike, rows, ways) for rows in TIMED_ROWS}
+            chosen = [known[key][str(next(timed for timed in TIMED_ROWS if timed >= rows))] for rows in range(FEW + 1)]
+            for product in alike:
+                product.ways = chosen
+                if exact:
+                    product.exact_ways = chosen
+        if compact and not alike[0].is_compact:
+            for product in alike:
+                product.drop_compact()
+
+
+def _fastest(products: Sequence[Product], rows: int, ways: Sequence[str]) -> str:
+    """The way that takes least time for all the products in turn, as decoding calls them: none is in the cache."""
+    x = torch.ones(rows, products[0].shape[1])
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(REPEATS + 1):
+        for way in ways:
+            start = time.perf_counter()
+            for product in products:
+                product.by(way, x)
+            if repeat:  # the first compiles
+                seconds[way].append(time.perf_counter() - start)
+    return min(ways, key=lambda way: statistics.median(seconds[way]))
