@@ -20,7 +20,7 @@ from bapo.inference.policies import Policies, Policy
 from bapo.pairs import usable_pairs
 from bapo.settings import Settings
 
-PROMPTS = 20
+PROMPTS = 8
 TOKENS = 64
 
 
