@@ -104,7 +104,9 @@ class Product:
             out = (self.weight @ flat.T).T
         else:
             out = torch.empty(len(flat), len(self.weight))
-            weight, scale = (self._weight, self._ones) if way == ONE_PASS or not self._compact else self._compact
+            held = self._compact if way == COMPACT else (self._weight, self._ones)
+            assert held is not None  # `choose_ways` keeps the rounded weight of whatever it lets take this way
+            weight, scale = held
             if lora and len(lora.places) == len(flat):  # one position of every row: the kernel adds the rows' own
                 inside, lora = lora, None
             a, b, places = inside
