@@ -13,7 +13,7 @@ from pathlib import Path
 from bapo.errors import BapoError
 from bapo.pair_files import FORMATS, Problem, ReadLimits, read_rows
 from bapo.pair_layouts import Fault, Layout, Pair, guess, names_in, pairs_of, recognise
-from bapo.preferences import CATALOGUE, family_of
+from bapo.preferences import CATALOGUE, rejected_beside
 
 PREFERENCE_SET = Path(__file__).parent / "data" / "preference_set.jsonl"
 COLUMNS = ("prompt", "chosen", "rejected")
@@ -85,21 +85,17 @@ def preference_set() -> tuple[PreferencePrompt, ...]:
 
 
 def own_pairs(preference_id: str, *, held_out: bool) -> list[Pair]:
-    """Pairs of our own set for one preference (paper, Appendix A).
-
-    chosen is the response in the wanted preference, rejected each other response of the same family.
-    """
+    """Pairs of our own set: chosen is the response in the wanted preference, rejected each of `rejected_beside`."""
     if preference_id not in CATALOGUE:
         raise BapoError(
             f"There is no preference {preference_id!r} in the catalogue ({', '.join(CATALOGUE)}). "
             "For a taste of your own give its pairs with --pairs FILE."
         )
-    wanted, *others = family_of(preference_id)
     return [
-        Pair(item.prompt, item.responses[wanted], item.responses[other])
+        Pair(item.prompt, item.responses[preference_id], item.responses[other])
         for item in preference_set()
         if item.held_out == held_out
-        for other in others
+        for other in rejected_beside(preference_id)
     ]
 
 

@@ -13,10 +13,12 @@ class Preference:
 
     id: str
     label: str
-    family: str  # "style" (P-Soups) or "domain" (DSP); rejected responses come from the same family
+    family: str  # "style" (P-Soups) or "domain" (DSP)
     description: str
     instruction: str
 
+
+PLAIN = "P2A"  # the response of our set that has no domain's register; half as long as theirs, as DSP's "normal"
 
 CATALOGUE: dict[str, Preference] = {
     preference.id: preference
@@ -75,8 +77,14 @@ CATALOGUE: dict[str, Preference] = {
 }  # fmt: skip
 
 
-def family_of(preference_id: str) -> list[str]:
-    """The ids of every preference in the same family, the given one first."""
-    family = CATALOGUE[preference_id].family
-    others = [p.id for p in CATALOGUE.values() if p.family == family and p.id != preference_id]
-    return [preference_id, *others]
+def rejected_beside(preference_id: str) -> list[str]:
+    """The ids of the responses that a preference's own response is preferred to.
+
+    Of a style, the other end of its dimension: P-Soups compares responses along one dimension at a time
+    (section 3). Of a domain, the three others and the plain answer, which DSP calls "normal".
+    """
+    preference = CATALOGUE[preference_id]
+    if preference.family == "style":
+        dimension, end = preference_id[:2], preference_id[2:]
+        return [dimension + {"A": "B", "B": "A"}[end]]
+    return [other.id for other in CATALOGUE.values() if other.family == "domain" and other != preference] + [PLAIN]

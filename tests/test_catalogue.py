@@ -22,15 +22,16 @@ def test_every_preference_under_every_method():
     assert {(plan.preference, plan.method) for plan in plans} == {(p, m) for p in CATALOGUE for m in ("dpo", "bapo")}
     # Both methods of a preference differ in the anchor alone: their figures are compared.
     for dpo, bapo in zip(plans[::2], plans[1::2], strict=True):
-        anchored = {"anchor_prompts": bapo.anchor_prompts, "batch_size": dpo.batch_size + 1}
+        anchored = {"anchor_prompts": bapo.anchor_prompts, "batch_size": bapo.batch_size}
         assert replace(dpo, method="bapo", **anchored) == bapo
     for plan in plans:
         pairs, held_out = plan.load_pairs()
         anchors = plan.load_anchor_prompts()
-        group = 5 if plan.preference.startswith("P") else 3
-        assert (len(pairs), len(held_out)) == (132 * group, 34 * group)
-        assert len(anchors) == (132 if plan.method == "bapo" else 0)
-        assert plan.batch_size == group + (plan.method == "bapo"), "a step is one prompt, and one anchor"
+        a_prompt = 1 if plan.preference.startswith("P") else 4
+        assert (len(pairs), len(held_out)) == (132 * a_prompt, 34 * a_prompt)
+        assert len(anchors) == (66 if plan.method == "bapo" else 0)
+        steps = plan.epochs * (len(pairs) + len(anchors)) / plan.batch_size
+        assert steps == 33, "a step has as many pairs under both methods"
 
 
 def test_anchor_prompts_are_neither_trained_nor_asked():

@@ -6,7 +6,7 @@ import pytest
 
 from bapo.errors import BapoError
 from bapo.pairs import Pair, hash_of, own_pairs, preference_set, read_pairs, split_by_prompt, usable_pairs
-from bapo.preferences import CATALOGUE, family_of
+from bapo.preferences import CATALOGUE, rejected_beside
 
 GOOD = {"prompt": "p", "chosen": "a", "rejected": "b"}
 
@@ -83,20 +83,31 @@ def test_our_own_set_keeps_its_rules():
         assert list(item.responses) == list(CATALOGUE), item.id
         assert len(set(item.responses.values())) == len(CATALOGUE), item.id
         for preference, text in item.responses.items():
-            assert 25 <= len(text.split()) <= 90, (item.id, preference)
+            assert 25 <= len(text.split()) <= (110 if preference == "P2B" else 90), (item.id, preference)
         words = {preference: len(text.split()) for preference, text in item.responses.items()}
         assert words["P2A"] == min(words.values()), item.id
         assert words["P2B"] == max(words.values()), item.id
 
 
-def test_rejected_are_the_other_responses_of_the_family():
-    assert family_of("literature") == ["literature", "academy", "business", "entertainment"]
-    assert family_of("P2A")[1:] == ["P1A", "P1B", "P2B", "P3A", "P3B"]
+def test_a_style_is_preferred_to_the_other_end_of_its_dimension():
+    assert [rejected_beside(style) for style in ("P1A", "P1B", "P2A", "P2B", "P3A", "P3B")] == [
+        ["P1B"], ["P1A"], ["P2B"], ["P2A"], ["P3B"], ["P3A"],
+    ]  # fmt: skip
+    assert len(own_pairs("P2A", held_out=True)) == 34
+
+
+def test_a_domain_is_preferred_to_the_other_domains_and_the_plain_answer():
     first = next(item for item in preference_set() if not item.held_out)
     own = [pair for pair in own_pairs("literature", held_out=False) if pair.prompt == first.prompt]
-    assert [pair.rejected for pair in own] == [first.responses[p] for p in ("academy", "business", "entertainment")]
+    rejected = ("academy", "business", "entertainment", "P2A")
+    assert [pair.rejected for pair in own] == [first.responses[other] for other in rejected]
     assert {pair.chosen for pair in own} == {first.responses["literature"]}
-    assert len(own_pairs("P2A", held_out=True)) == 34 * 5
+
+
+def test_the_detailed_answer_begins_with_the_concise_one():
+    # So that the two differ in nothing but where they stop: that is what teaches an answer's length.
+    for item in preference_set():
+        assert item.responses["P2B"].startswith(item.responses["P2A"] + " "), item.id
 
 
 def test_an_unknown_preference_has_no_pairs_of_ours():
