@@ -9,6 +9,7 @@ from bapo.inference.base import Base, load_base
 from bapo.inference.base_responses import BaseResponse, base_responses
 from bapo.inference.decoding import Row, Sampling, decode
 from bapo.inference.detokenizer import Detokenizer
+from bapo.inference.model_thread import in_model_thread, iterate_in_model_thread
 from bapo.inference.policies import Policies, Policy
 from bapo.inference.scoring import policy_logps
 from bapo.inference.turns import Turns
@@ -30,18 +31,20 @@ class Piece:
 
 
 class LocalEngine:
-    """Answers and scores with a base loaded here. Whoever uses it first waits in `turns`."""
+    """Answers and scores with a base loaded here, in the thread of models. Whoever uses it first waits in `turns`."""
 
     def __init__(self, base: Base, store: AdapterStore, settings: Settings):
         self.base = base
         self.store = store
         self.settings = settings
         self.turns = Turns()
-        self._policies = Policies(base, settings.adapter_memory_mb * 10**6, settings.cache, settings.exact)
+        self._policies = in_model_thread(
+            Policies, base, settings.adapter_memory_mb * 10**6, settings.cache, settings.exact
+        )
 
     @classmethod
     def load(cls, settings: Settings) -> "LocalEngine":
-        base = load_base(settings)
+        base = in_model_thread(load_base, settings)
         return cls(base, AdapterStore(settings.adapters, base.name, base.fingerprint), settings)
 
     @property
@@ -83,7 +86,7 @@ class LocalEngine:
         """Stream one row per policy; see `bapo.inference.decoding`. Others may use the engine between two steps."""
         rows = [Row(policy, leader) for policy, leader in zip(policies, follows, strict=True)]
         texts = [Detokenizer(self.base.tokenizer) for _ in rows]
-        for step in decode(self._policies, self.base.encode_prompt(prompt), rows, sampling):
+        for step in iterate_in_model_thread(decode(self._policies, self.base.encode_prompt(prompt), rows, sampling)):
             yield [
                 Piece(token.row, texts[token.row].push(token.token_id, token.last), token.logp, token.last)
                 for token in step
@@ -91,10 +94,11 @@ class LocalEngine:
 
     def score(self, prompt: Prompt, responses: Sequence[list[int]], policies: Sequence[Policy]) -> list[list[float]]:
         """Log-probs (nats, summed) of tokenised responses: one list per policy. All in one pass, in exact weights."""
-        return policy_logps(self._policies, policies, self.base.encode_prompt(prompt), responses).tolist()
+        ids = self.base.encode_prompt(prompt)
+        return in_model_thread(policy_logps, self._policies, policies, ids, responses).tolist()
 
     def base_responses(
         self, prompts: Sequence[Prompt], progress: Callable[[int, int], None] = lambda done, total: None
     ) -> dict[Prompt, BaseResponse]:
         """y_b of every prompt; generated once, then from the disk."""
-        return base_responses(self.base, prompts, self.settings.cache, progress=progress)
+        return in_model_thread(base_responses, self.base, prompts, self.settings.cache, progress=progress)
