@@ -4,7 +4,8 @@
 
 Reward accuracy and drift come from the adapters' cards: held-out prompts of our own set. The rest is
 read off greedy answers, to the held-out prompts (length, readability, loops) and to the questions of
-`facts.jsonl` (right answers). Answers are kept on the disk, so that a second run only prints.
+`facts.jsonl` (right answers). Eight policies answer at a time, as on the page. Answers are kept on the
+disk, so that a second run only prints.
 """
 
 import json
@@ -16,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import textstat
-from peft import PeftModel
 from tqdm import tqdm
 
 from bapo.adapters import Adapter, AdapterStore
 from bapo.comparison import METHODS
 from bapo.disk_cache import DiskCache
-from bapo.inference.base import Base, load_base
-from bapo.inference.base_responses import BaseResponse, greedy_responses
+from bapo.inference.base import load_base
+from bapo.inference.decoding import Row, Sampling, decode
+from bapo.inference.policies import Policies
 from bapo.pairs import preference_set
 from bapo.preferences import CATALOGUE
 from bapo.settings import Settings
@@ -31,6 +32,8 @@ from bapo.settings import Settings
 FACTS = [json.loads(line) for line in Path(__file__).with_name("facts.jsonl").read_text().splitlines()]
 HELD_OUT = [item.prompt for item in preference_set() if item.held_out]
 FACT_TOKENS, ANSWER_TOKENS = 48, 256  # a small base often never ends: answers are compared up to here
+
+POLICIES_AT_ONCE = 8  # rows that the products of a CPU's decoding are written for
 
 Answers = dict[str, list[dict]]  # "facts" and "held out", each a list of texts with whether they ended
 
@@ -73,23 +76,45 @@ def loops(text: str) -> bool:
     return max(counts.values(), default=0) >= 4
 
 
-def answers_of(base: Base, adapter: Adapter | None, known: DiskCache) -> Answers:
-    """Greedy answers of the base, or of the base under one adapter."""
-    key = [adapter.sha256 if adapter else "base", [item["question"] for item in FACTS], HELD_OUT, ANSWER_TOKENS]
-    if key not in known:
-        model = PeftModel.from_pretrained(base.model, adapter.folder) if adapter else None
-        if model:
-            model.eval()
-        facts = greedy_responses(base, [item["question"] for item in FACTS], FACT_TOKENS)
-        held_out = greedy_responses(base, HELD_OUT, ANSWER_TOKENS)
-        if model:
-            model.unload()
-        known[key] = {"facts": list(map(_plain, facts)), "held out": list(map(_plain, held_out))}
-    return known[key]
+class GreedyAnswers:
+    """Greedy answers of adapters and of the base (None), from the disk where they were given before."""
 
+    def __init__(self, policies: Policies, known: DiskCache):
+        self.policies = policies
+        self.known = known
+        self._weights: dict[str, str] = {}  # an adapter's key → the hash of its file, read once
 
-def _plain(response: BaseResponse) -> dict:
-    return {"text": response.text, "complete": response.complete, "tokens": len(response.token_ids)}
+    def prepare(self, who: list[Adapter | None]) -> None:
+        """Have those answer who have not answered yet."""
+        asked = [(item["question"], FACT_TOKENS) for item in FACTS] + [(prompt, ANSWER_TOKENS) for prompt in HELD_OUT]
+        for prompt, tokens in tqdm(asked, desc="answering", leave=False, file=sys.stderr):
+            missing = [one for one in who if self._key(one, prompt, tokens) not in self.known]
+            for start in range(0, len(missing), POLICIES_AT_ONCE):
+                self._answer(missing[start : start + POLICIES_AT_ONCE], prompt, tokens)
+
+    def of(self, one: Adapter | None) -> Answers:
+        """What a prepared one answered."""
+        return {
+            "facts": [self.known[self._key(one, item["question"], FACT_TOKENS)] for item in FACTS],
+            "held out": [self.known[self._key(one, prompt, ANSWER_TOKENS)] for prompt in HELD_OUT],
+        }
+
+    def _answer(self, who: list[Adapter | None], prompt: str, tokens: int) -> None:
+        base = self.policies.base
+        ids: list[list[int]] = [[] for _ in who]
+        rows = [Row(one) for one in who]
+        for step in decode(self.policies, base.encode_prompt(prompt), rows, Sampling(max_new_tokens=tokens)):
+            for token in step:
+                ids[token.row].append(token.token_id)
+        for one, own in zip(who, ids, strict=True):
+            text = base.tokenizer.decode(own, skip_special_tokens=True)
+            self.known[self._key(one, prompt, tokens)] = {"text": text, "complete": own[-1] in base.stop_ids}
+
+    def _key(self, one: Adapter | None, prompt: str, tokens: int) -> list:
+        weights = "base"
+        if one is not None:
+            weights = self._weights.get(one.key) or self._weights.setdefault(one.key, one.sha256)
+        return [weights, self.policies.compact, prompt, tokens]
 
 
 def right_answers(answers: Answers) -> int:
@@ -106,14 +131,15 @@ def trait(preference: str, answers: Answers) -> float | None:
     return statistics.mean(TRAITS[preference][1](one["text"]) for one in answers["held out"])
 
 
-def row(preference: str, method: str, adapter: Adapter, base: Answers, own: Answers) -> list[str | float]:
-    card = adapter.card.held_out
+def row(adapter: Adapter, base: Answers, own: Answers) -> list[str | float]:
+    preference, card = adapter.card.preference, adapter.card.held_out
     assert card is not None  # our own set has held-out prompts
     before, after = trait(preference, base), trait(preference, own)
     shown = "" if before is None else f"{TRAITS[preference][0]} {before:.1f} → {after:.1f}"
     kept = right_answers(own) / right_answers(base)
     return [
-        preference, method, card.reward_accuracy, card.drift_nats, card.drift_per_token, kept, loop_share(own), shown,
+        preference, adapter.card.method, card.reward_accuracy, card.drift_nats, card.drift_per_token,
+        kept, loop_share(own), shown,
     ]  # fmt: skip
 
 
@@ -150,21 +176,18 @@ def table(rows: list[list]) -> str:
 def main() -> None:
     settings = Settings.from_environment()
     base = load_base(settings)
-    store = AdapterStore(settings.adapters, base.name, base.fingerprint)
+    found = AdapterStore(settings.adapters, base.name, base.fingerprint).by_preference()
+    adapters = [found[name][method] for name in CATALOGUE for method in METHODS if method in found.get(name, {})]
     known = DiskCache(settings.cache / "greedy-answers" / base.cache_key)
-    plain = answers_of(base, None, known)
-    rows = []
-    found = store.by_preference()
-    pending = [(name, method) for name in CATALOGUE for method in METHODS if method in found.get(name, {})]
-    for preference, method in tqdm(pending, desc="answering", leave=False, file=sys.stderr):
-        adapter = found[preference][method]
-        rows.append(row(preference, method, adapter, plain, answers_of(base, adapter, known)))
+    answers = GreedyAnswers(Policies(base, 2**30, settings.cache), known)
+    answers.prepare([None, *adapters])
+    plain = answers.of(None)
     cut = sum(not one["complete"] for one in plain["held out"])
     print(
         f"base: {right_answers(plain)} of {len(FACTS)} facts right, {loop_share(plain):.0%} of its {len(HELD_OUT)} "
         f"held-out answers loop, {cut} are cut at {ANSWER_TOKENS} tokens"
     )
-    print(table(rows))
+    print(table([row(one, plain, answers.of(one)) for one in adapters]))
 
 
 if __name__ == "__main__":

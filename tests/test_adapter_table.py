@@ -2,7 +2,11 @@
 
 import pytest
 
-from benchmarks.adapter_table import FACTS, exclamations, grade, is_right, loops, table
+from bapo.disk_cache import DiskCache
+from bapo.inference.base_responses import greedy_responses
+from bapo.inference.policies import Policies
+from benchmarks import adapter_table
+from benchmarks.adapter_table import FACTS, GreedyAnswers, exclamations, grade, is_right, loops, table
 
 
 def test_right_answers_are_whole_words():
@@ -45,3 +49,21 @@ def test_the_table_ends_with_means_and_deviations():
         lines[-1] == "| **mean of 2** | bapo | 0.950 ± 0.071 | -2.0 ± 5.7 | +0.000 ± 0.141 | 75% ± 35% | 25% ± 35% | |"
     )
     assert len(lines) == 6
+
+
+def test_answers_of_many_at_once_are_the_plain_greedy_ones(tiny_engine, monkeypatch, tmp_path):
+    monkeypatch.setattr(adapter_table, "FACTS", FACTS[:2])
+    monkeypatch.setattr(adapter_table, "HELD_OUT", adapter_table.HELD_OUT[:1])
+    monkeypatch.setattr(adapter_table, "ANSWER_TOKENS", 20)
+    base, store = tiny_engine.base, tiny_engine.store
+    adapters = [adapter for methods in store.by_preference().values() for adapter in methods.values()]
+    prompts = [item["question"] for item in FACTS[:2]]
+    plain = [response.text for response in greedy_responses(base, prompts, adapter_table.FACT_TOKENS)]
+    answers = GreedyAnswers(Policies(base, 2**20, tmp_path / "ways", exact=True), DiskCache(tmp_path / "answers"))
+    answers.prepare([None, *adapters, None])
+    assert [one["text"] for one in answers.of(None)["facts"]] == plain
+    own = [answers.of(adapter) for adapter in adapters]
+    assert any(one["facts"] != answers.of(None)["facts"] for one in own)
+    monkeypatch.setattr(adapter_table, "decode", None)
+    answers.prepare([None, *adapters])  # from the disk
+    assert [answers.of(adapter) for adapter in adapters] == own
