@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from bapo.adapters import AdapterStore
 from bapo.cli import main
-from bapo.inference.base import load_base
-from bapo.pairs import preference_set, read_prompts
+from bapo.inference.base import EMBEDDED, load_base
+from bapo.pairs import hash_of, preference_set, read_prompts
 from bapo.preferences import CATALOGUE
 from bapo.settings import REPOSITORY
 from bapo.training import catalogue
@@ -39,6 +41,21 @@ def test_anchor_prompts_are_neither_trained_nor_asked():
     facts = (REPOSITORY / "benchmarks" / "facts.jsonl").read_text().splitlines()
     assert not anchors & {json.loads(line)["question"].lower() for line in facts}
     assert not anchors & {item.prompt.lower() for item in preference_set()}
+
+
+def test_the_shipped_adapters_are_those_of_the_recipe():
+    folder = REPOSITORY / "adapters" / EMBEDDED
+    for plan in catalogue_plans():
+        adapter = folder / f"{plan.preference}-{plan.method}"
+        card = json.loads((adapter / "bapo.json").read_text())
+        pairs, held_out = plan.load_pairs()
+        assert card["hyperparameters"] == plan.hyperparameters() | {"anchor_prompts": len(plan.load_anchor_prompts())}
+        assert card["data_sha256"] == hash_of(pairs), "trained on the pairs that are shipped"
+        assert card["held_out"]["pairs"] == len(held_out)
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    assert len(list(folder.iterdir())) == 20
+    assert sum(file.stat().st_size for file in folder.glob("*/*")) <= 60e6
 
 
 @pytest.fixture
