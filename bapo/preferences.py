@@ -80,8 +80,8 @@ CATALOGUE: dict[str, Preference] = {
 def rejected_beside(preference_id: str) -> list[str]:
     """The ids of the responses that a preference's own response is preferred to.
 
-    Of a style, the other end of its dimension: P-Soups compares responses along one dimension at a time
-    (section 3). Of a domain, the three others and the plain answer, which DSP calls "normal".
+    Of a style, the other end of its dimension: P-Soups compares responses along one dimension at a time.
+    Of a domain, the three others and the plain answer, which DSP calls "normal".
     """
     preference = CATALOGUE[preference_id]
     if preference.family == "style":
