@@ -13,7 +13,7 @@ class Preference:
 
     id: str
     label: str
-    family: str  # "style" (P-Soups) or "domain" (DSP)
+    family: str  # "style" (P-Soups) or "domain" (DSP); decides what is rejected beside it
     description: str
     instruction: str
 

@@ -105,7 +105,7 @@ def test_a_domain_is_preferred_to_the_other_domains_and_the_plain_answer():
 
 
 def test_the_detailed_answer_begins_with_the_concise_one():
-    # So that the two differ in nothing but where they stop: that is what teaches an answer's length.
+    # So that the two differ in nothing but where they stop.
     for item in preference_set():
         assert item.responses["P2B"].startswith(item.responses["P2A"] + " "), item.id
 
