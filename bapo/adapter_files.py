@@ -1,6 +1,8 @@
 """Adapters that come and go as files. What comes in is untrusted: sizes first, names from a list, tensors alone."""
 
+import errno
 import json
+import lzma
 import re
 import shutil
 import zipfile
@@ -15,6 +17,9 @@ from bapo.errors import BapoError
 
 MAX_BYTES = 512 * 2**20  # a LoRA adapter of a few billion parameters takes tens of megabytes
 MAX_CONFIG_BYTES = 2**20
+DAMAGED = (  # what reading a zip raises, by its four compressions
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, NotImplementedError, RuntimeError, EOFError, ValueError,
+)  # fmt: skip
 PREFIX = "base_model.model."  # PEFT's, before the base's own name of a module
 README = """\
 A LoRA adapter for {base}. With PEFT:
@@ -77,7 +82,9 @@ def _unzip(path: Path, scratch: Path) -> None:
                         if sink.tell() + len(block) > limit:
                             raise BapoError(f"{name} in {path.name} is larger than {limit >> 20} MB.")
                         sink.write(block)
-    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError, ValueError) as error:
+    except DAMAGED as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise  # the disk's error, not the archive's: bz2 names no errno, an offset before the start is EINVAL
         raise BapoError(f"{path.name} is no zip archive that can be read: {error}.") from error
 
 

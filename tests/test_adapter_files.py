@@ -1,6 +1,7 @@
 """Adapters as files: what goes out loads in stock PEFT, what comes in is looked at first."""
 
 import copy
+import errno
 import json
 import zipfile
 
@@ -148,3 +149,31 @@ def test_rename_delete_undo_and_publish(store, llama_base, tmp_path):
     shared = mine.publish(mine.rename(mine.named("P2A-bapo"), "new"), store)
     assert store.owns(shared)
     assert [a.name for a in store.adapters()] == ["P2A-bapo", "new-bapo"]
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_zip_is_refused_whatever_its_compression(store, llama_base, tmp_path, compression):
+    file = tmp_path / "a.zip"
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("adapter_config.json", bytes(range(256)) * 8)
+    whole = file.read_bytes()
+    damaged = bytearray(whole)
+    damaged[60:90] = b"\xff" * 30  # within the compressed bytes
+    shifted = bytearray(whole)
+    shifted[-6] += 1  # where the directory says that it starts: the file would start before its first byte
+    for content in (damaged, shifted):
+        file.write_bytes(content)
+        with pytest.raises(BapoError, match="a.zip is no zip archive that can be read"):
+            import_adapter(file, store, llama_base.folder, "mine", "bapo")
+
+
+def test_a_full_disk_is_not_taken_for_a_damaged_zip(store, llama_base, tmp_path, monkeypatch):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("adapter_config.json", "{}")
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "open", full)
+    with pytest.raises(OSError, match="No space left"):
+        import_adapter(tmp_path / "a.zip", store, llama_base.folder, "mine", "bapo")
