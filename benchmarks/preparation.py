@@ -25,6 +25,12 @@ from bapo.training.rows import prepare_rows
 ROUNDS = 3
 
 
+def spread(file: Path, count: int) -> list[dict]:
+    """So many lines of a JSON lines file, from all over it: the first ones may be longer than most."""
+    lines = file.read_text().splitlines()
+    return [json.loads(line) for line in lines[:: len(lines) // count][:count]]
+
+
 def usual(base: Base, pairs: list[Pair]) -> tuple[float, int]:
     """(seconds, tokens computed)."""
     start, tokens = time.perf_counter(), 0
@@ -65,7 +71,7 @@ def ours(base: Base, pairs: list[Pair]) -> float:
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    lines = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()[: ROUNDS * BATCH]]
+    lines = spread(Path(sys.argv[1]), ROUNDS * BATCH)
     theirs_base, our_base = load_base(Settings(base=EMBEDDED)), load_base(Settings(base=EMBEDDED))
     seconds: dict[str, list[float]] = {"usual": [], "ours": []}
     for number in range(ROUNDS):

@@ -9,7 +9,6 @@ as installed, with reference log-probs precomputed, no anchor, and the batch siz
 for it. Peak memory is that of a process which runs one side alone.
 """
 
-import json
 import os
 import re
 import statistics
@@ -35,10 +34,12 @@ from bapo.inference.base import EMBEDDED, Base, load_base
 from bapo.inference.prefix_tree import PromptTree, pad_trees
 from bapo.pairs import Pair
 from bapo.settings import Settings
+from bapo.training.fused_mlp import fuse_mlps
 from bapo.training.lora_linear import FusedLoraLinear
 from bapo.training.packing import ROLES, computed_tokens, predicted_tokens
 from bapo.training.rows import prepare_rows
 from bapo.training.trainer import BAPOTrainer
+from benchmarks.preparation import spread
 
 PROMPTS_A_STEP = 2
 ROUNDS = 3
@@ -87,7 +88,7 @@ def lora(fused: bool) -> LoraConfig:
 
 def steps_of(file: Path) -> list[list[Pair]]:
     """Pairs of each step."""
-    prompts = [json.loads(line) for line in file.read_text().splitlines()[: PROMPTS_A_STEP * ROUNDS]]
+    prompts = spread(file, PROMPTS_A_STEP * ROUNDS)
     pairs = [
         [
             Pair(p["prompt"], p["responses"]["literature"], text)
@@ -123,6 +124,8 @@ def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
     rows = iter(prepare_rows(base, pairs, [], 512, Settings().cache).rows)
     steps_rows = [[next(rows) for _ in step] for step in steps]
     batch_size = len(steps[0]) if packed else 2
+    if packed:
+        fuse_mlps(base.model)
     trainer = BAPOTrainer(
         base.model, method="bapo", lambda_=5.0, args=arguments(folder, batch_size), processing_class=base.tokenizer,
         train_dataset=Dataset.from_list(steps_rows[0]), peft_config=lora(fused=packed),

@@ -16,6 +16,7 @@ from bapo.inference.prefix_tree import PromptTree, pack_trees
 from bapo.inference.scoring import branch_logps, response_logps
 from bapo.inference.token_logps import CHUNK, token_logps
 from bapo.inference.tree_attention import Limits, block_mask, limits_of
+from bapo.training.fused_mlp import fuse_mlps
 from bapo.training.lora_linear import FusedLoraLinear
 from bapo.training.objectives import Logps, bapo
 from bapo.training.packing import ROLES, PairCollator, computed_tokens
@@ -42,6 +43,7 @@ def policy_of(base, seed=3):
     """The base under a LoRA adapter far from its start, where the policy is the base and nothing can go wrong."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     lora._register_custom_module({nn.Linear: FusedLoraLinear})
+    fuse_mlps(base.model)
     policy = get_peft_model(base.model, lora)
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(policy.named_parameters()):

@@ -30,10 +30,15 @@ class _TokenLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        # One buffer for every chunk: the system would hand out, and clear, as many pages again for each.
+        buffer = weight.new_empty(min(CHUNK, len(hidden)), len(weight))
         for start in range(0, len(hidden), CHUNK):
             chunk = slice(start, start + CHUNK)
             label = labels[chunk, None]
-            logits = nn.functional.linear(hidden[chunk], weight, bias).to(wide)
+            logits = torch.mm(hidden[chunk].to(weight.dtype), weight.T, out=buffer[: len(label)])
+            if bias is not None:
+                logits += bias
+            logits = logits.to(wide)
             chosen, largest = logits.gather(1, label), logits.amax(1, keepdim=True)
             weights = logits.sub_(largest).exp_()
             total = weights.sum(1, keepdim=True)

@@ -4,6 +4,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+Factors = tuple[Tensor, Tensor, Tensor, float]  # W [out, in], A [rank, in], B [out, rank] and the scale s
+
 
 class FusedLoraLinear(Linear):
     """y = x Wᵀ + s (x Aᵀ) Bᵀ with both sums inside the matrix products, forwards and backwards.
@@ -13,6 +15,16 @@ class FusedLoraLinear(Linear):
     """
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        factors = None if "adapter_names" in kwargs else self.factors(x)
+        if factors is None:
+            return super().forward(x, *args, **kwargs)
+        result = _LoraProduct.apply(x.flatten(0, -2), *factors)
+        if self.base_layer.bias is not None:
+            result = result + self.base_layer.bias
+        return result.unflatten(0, x.shape[:-1])
+
+    def factors(self, x: Tensor) -> Factors | None:
+        """W, A, B and s, where the layer is nothing more than the formula for an input like this."""
         adapter = self.active_adapters[0] if len(self.active_adapters) == 1 else None
         plain = (
             not self.disable_adapters
@@ -23,15 +35,11 @@ class FusedLoraLinear(Linear):
             and type(self.base_layer) is nn.Linear
             and self.lora_A[adapter].weight.dtype == x.dtype
             and not torch.is_autocast_enabled(x.device.type)
-            and "adapter_names" not in kwargs
         )
         if not plain:
-            return super().forward(x, *args, **kwargs)
+            return None
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        result = _LoraProduct.apply(x.flatten(0, -2), self.base_layer.weight, a, b, self.scaling[adapter])
-        if self.base_layer.bias is not None:
-            result = result + self.base_layer.bias
-        return result.unflatten(0, x.shape[:-1])
+        return self.base_layer.weight, a, b, self.scaling[adapter]
 
 
 class _LoraProduct(torch.autograd.Function):
