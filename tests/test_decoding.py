@@ -90,8 +90,7 @@ def test_layers_before_the_first_adapted_one_run_the_prompt_once(tiny_base, tiny
         norm = tiny_base.model.model.layers[layer].input_layernorm
         norm.register_forward_pre_hook(lambda module, inputs, rows=rows: rows.append(len(inputs[0])))
     ids, logps = all_rows(engine, [Row(None), Row("late-dpo", 0), Row("late-bapo", 0), Row("late-dpo", 0)])
-    assert (seen[0][0], seen[1][0]) == (1, 3)
-    assert set(seen[0][1:]) == set(seen[1][1:]) == {4}
+    assert (seen[0], seen[1]) == ([1], [3]), "once each: the steps after the prompt go past the modules"
     for row, adapter in enumerate([None, "late-dpo", "late-bapo", "late-dpo"]):
         base, model = alone(engine, tiny_folders, architecture, settings, adapter)
         expected = token_logps_apart(model, base.encode_prompt(PROMPT), ids[0])

@@ -15,7 +15,7 @@ from bapo.inference.kernels import multiply, normalise
 from bapo.inference.lora_weights import read_lora
 from bapo.inference.mixed_lora import MixedLinear, MixedModel
 from bapo.inference.policies import Policies
-from bapo.inference.products import EXACT_WAYS, FEW, Lora, Product, choose_ways
+from bapo.inference.products import COMPACT, EXACT_WAYS, FEW, ONE_PASS, TRANSPOSED, Lora, Product, choose_ways
 from bapo.inference.roomy_cache import roomy_cache
 from bapo.inference.scoring import policy_logps
 from tests.tiny import logps_apart
@@ -43,14 +43,26 @@ def plain_logits(base, folder, ids, dtype):
     return logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def take_ways(policies, *ways):
+    """Let the model's products take these ways in turn, whatever the number of rows."""
+    for number, layer in enumerate(policies._model.layers):
+        if way := ways[number % len(ways)]:
+            if way == COMPACT:
+                layer.product.make_compact()
+            layer.product.exact_ways = layer.product.ways = [way] * (FEW + 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "way"), [(torch.float32, ONE_PASS), (torch.float32, TRANSPOSED), (torch.float64, None)]
+)
 def test_rows_equal_plain_peft_through_prefill_decoding_and_leaving(
-    tiny_engine, tiny_folders, architecture, settings, dtype
+    tiny_engine, tiny_folders, architecture, settings, dtype, way
 ):
     store = tiny_engine.store
     names = [None, "P2A-dpo", "literature-bapo", None, "P2A-dpo", "literature-dpo"]  # ranks 2, 5 and 4, none, repeats
     base = fresh(tiny_folders, architecture, settings, dtype)
     policies = Policies(base, 2**20, settings.cache, exact=True)
+    take_ways(policies, way)
     rows = policies.gather([name and store.named(name) for name in names])
     staying = [0, 1, 2, 3, 4, 5]
     sequences = [list(PROMPT) for _ in names]
@@ -67,11 +79,31 @@ def test_rows_equal_plain_peft_through_prefill_decoding_and_leaving(
             ids = torch.tensor([tokens[row] for row in staying])
             found.append(policies.step(rows, True, ids, cache)[:, None])
     assert (policies._step is not None) == (dtype == torch.float32), "in float64 every step is transformers' own"
+    if policies._step:
+        assert (policies._step._in_one_pass(6, True) is not None) == (way == ONE_PASS), "or it is written out twice"
     plain = fresh(tiny_folders, architecture, settings, dtype)
     for row, name in enumerate(names):
         expected = plain_logits(plain, name and store.folder / name, sequences[row], dtype)
         own = [found[0][row], found[1][row]] + [part[staying.index(row)] for part in found[2:] if row in staying]
         torch.testing.assert_close(torch.cat(own), expected, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("ways", [(COMPACT,), (ONE_PASS, COMPACT, COMPACT, ONE_PASS)])
+def test_the_layers_in_one_call_equal_the_layers_one_by_one(tiny_engine, settings, ways, monkeypatch):
+    policies = Policies(tiny_engine.base, 2**20, settings.cache)
+    take_ways(policies, *ways)
+    rows = policies.gather([None, *tiny_engine.store.adapters()])
+    tokens, found = torch.tensor([7, 8, 9, 10, 11]), []
+    for one_call in (True, False):
+        if not one_call:
+            monkeypatch.setattr(policies._step, "_in_one_pass", lambda rows, exact: None)
+        with torch.inference_mode():
+            _, cache = policies.prefill(rows, 5, PROMPT)
+            assert (policies._step._in_one_pass(5, False) is not None) == one_call
+            steps = [policies.step(rows, False, tokens + step, cache) for step in range(4)]
+        found.append(torch.stack(steps))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert (found[0][:, 0] - found[0][:, 1]).abs().max() > 0.1, "the adapter must change something"
 
 
 def test_the_longest_context(tiny_engine, tiny_folders, architecture, settings):

@@ -2,35 +2,57 @@
 
 With a small base, dispatching hundreds of little operations takes longer than reading all the weights.
 The layers are the model's own, in the same order and with the same numbers; what is written out here is
-only what lies between them: rotation, attention to the cache, residuals.
+only what lies between them: rotation, attention to the cache, residuals. Where every product takes its way in one
+pass over the weight, all layers are one call of `kernels.run_layers`.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import GELUTanh, SiLUActivation
 from transformers.cache_utils import Cache
 
-from bapo.inference.kernels import attend
-from bapo.inference.mixed_lora import MixedLinear
+from bapo.inference.kernels import SHARES, attend, run_layers
+from bapo.inference.mixed_lora import MixedLinear, RowWeights
 from bapo.inference.norms import FusedNorm
+from bapo.inference.products import Product
 from bapo.inference.roomy_cache import RoomyLayer
 
 ARCHITECTURES = ("LlamaForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM")
+GATES = {nn.SiLU: False, SiLUActivation: False, GELUTanh: True}  # activation → `gelu` of `kernels.gate`
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    attention_norm: nn.Module
+    attention_norm: FusedNorm
     query_key_value: MixedLinear
     out: MixedLinear
-    mlp_norm: nn.Module
+    mlp_norm: FusedNorm
     gate_up: MixedLinear
     down: MixedLinear
     activate: nn.Module
     scaling: float
+
+    @property
+    def linears(self) -> tuple[MixedLinear, ...]:
+        return self.query_key_value, self.out, self.gate_up, self.down
+
+    @property
+    def products(self) -> list[Product]:
+        return [linear.product for linear in self.linears if linear.product]
+
+
+class _Weights(NamedTuple):
+    """Weights and scales of all layers as `run_layers` takes them, and the arrays that hold them."""
+
+    weights: np.ndarray
+    scales: np.ndarray
+    compact: np.ndarray
+    held: list
 
 
 class DecoderStep:
@@ -43,6 +65,13 @@ class DecoderStep:
         self._layers = [_layer(layer) for layer in decoder.layers]
         self._norm = decoder.norm
         self._head = model.lm_head
+        self._shapes = np.array([product.shape for product in self._layers[0].products])
+        self._norms = np.array(
+            [[n.array.ctypes.data for n in (one.attention_norm, one.mlp_norm)] for one in self._layers]
+        )
+        self._gelu = GATES.get(type(self._layers[0].activate))
+        self._known: dict[tuple[int, bool], _Weights | None] = {}
+        self._loras: tuple[RowWeights | None, np.ndarray] = None, np.zeros((len(self._layers), 4, 5), np.int64)
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "DecoderStep | None":
@@ -53,29 +82,74 @@ class DecoderStep:
         norms = any(isinstance(module, FusedNorm) for module in model.modules())
         return cls(model) if norms and all(layer.product and layer.product.special for layer in mixed) else None
 
-    def __call__(self, token_ids: Tensor, cache: Cache) -> Tensor:
+    def __call__(self, token_ids: Tensor, cache: Cache, rows: RowWeights | None, exact: bool) -> Tensor:
         """Logits of the next token, [rows, vocabulary], after one token of every row, [rows]; extends the cache.
 
-        To be called while the model's layers are told which rows they have (`MixedModel.mixed`).
+        To be called while the model's layers are told of `rows` and `exact` (`MixedModel.mixed`).
         """
         position = cache.get_seq_length()
         x = self._embed(token_ids)
         cos, sin = (part[0, 0].numpy() for part in self._rotary(x[None], torch.tensor([[position]])))
-        for layer, kept in zip(self._layers, cache.layers, strict=True):
-            states = layer.query_key_value.joined(layer.attention_norm(x)).contiguous()
-            keys, values = kept.append_one()
-            attended = torch.empty(len(x), layer.out.in_features)
-            attend(
-                *(states.numpy(), cos, sin, keys.numpy(), values.numpy()), position, layer.scaling, attended.numpy()
+        rotation = position, cos, sin
+        buffers = [[buffer.numpy() for buffer in kept.append_one()] for kept in cache.layers]
+        weights = self._in_one_pass(len(x), exact)
+        if weights is None:
+            x = self._layer_by_layer(x, buffers, rotation)
+        else:
+            addresses = np.array([[buffer.ctypes.data for buffer in pair] for pair in buffers])
+            first = self._layers[0]
+            run_layers(
+                *(x.numpy(), *weights[:3], self._shapes, self._lora_table(rows), self._norms, first.mlp_norm.epsilon),
+                *(addresses, buffers[0][0].shape[1:], rotation, first.scaling, self._gelu, SHARES),
             )  # fmt: skip
-            x = x + layer.out.joined(attended)
-            gate, up = layer.gate_up.joined(layer.mlp_norm(x)).chunk(2, -1)
-            x = x + layer.down.joined(layer.activate(gate) * up)
         return self._head.joined(self._norm(x))
 
     def takes(self, cache: Cache) -> bool:
         """Whether every layer attends to all that came before."""
         return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+    def _layer_by_layer(self, x: Tensor, buffers: list[list[np.ndarray]], rotation: tuple) -> Tensor:
+        """What `run_layers` does, with each product in its own way."""
+        position, cos, sin = rotation
+        for layer, (keys, values) in zip(self._layers, buffers, strict=True):
+            states = layer.query_key_value.joined(layer.attention_norm(x)).contiguous()
+            attended = torch.empty(len(x), layer.out.in_features)
+            attend(states.numpy(), cos, sin, keys, values, position, layer.scaling, attended.numpy())
+            x = x + layer.out.joined(attended)
+            gate, up = layer.gate_up.joined(layer.mlp_norm(x)).chunk(2, -1)
+            x = x + layer.down.joined(layer.activate(gate) * up)
+        return x
+
+    def _in_one_pass(self, rows: int, exact: bool) -> _Weights | None:
+        """What `run_layers` needs, or None where it is not what was chosen for so many rows."""
+        key = rows, exact
+        if key not in self._known:
+            found = [[product.one_pass(rows, exact) for product in layer.products] for layer in self._layers]
+            self._known[key] = None if self._gelu is None else _tables(found)
+        return self._known[key]
+
+    def _lora_table(self, rows: RowWeights | None) -> np.ndarray:
+        """`loras` of `run_layers`; made anew when the rows are others."""
+        if rows is not self._loras[0]:
+            table = np.zeros((len(self._layers), 4, 5), np.int64)
+            for n, layer in enumerate(self._layers):
+                for part, linear in enumerate(layer.linears):
+                    lora = rows.layers[linear.index] if rows else None
+                    if lora:
+                        addresses = lora.a.data_ptr(), lora.b.data_ptr(), lora.places.ctypes.data
+                        table[n, part] = *addresses, *lora.a.shape[:2]
+            self._loras = rows, table
+        return self._loras[1]
+
+
+def _tables(found: list[list[tuple[np.ndarray, np.ndarray] | None]]) -> _Weights | None:
+    """The products' weights and scales by layer; None where one is missing or the layers are not alike."""
+    whole = [[held for held in layer if held] for layer in found]
+    alike = {tuple((weight.shape, weight.dtype) for weight, _ in layer) for layer in whole}
+    if whole != found or len(alike) > 1:
+        return None
+    weights, scales = (np.array([[held[n].ctypes.data for held in layer] for layer in whole]) for n in (0, 1))
+    return _Weights(weights, scales, np.array([weight.dtype == np.int16 for weight, _ in whole[0]]), whole)
 
 
 def _layer(layer: Any) -> _Layer:

@@ -1,18 +1,22 @@
-"""A few rows times a frozen weight on the CPU, reading the weight once whatever the number of rows.
+"""Decoding on the CPU: a few rows through frozen weights, each of which is read once whatever the number of rows.
 
 Matrix libraries are made for many rows: at two to eight they copy the weight into panels first, or
-read it again for every row. Decoding does nothing but this, so the product is written out here and
-compiled for the machine by numba (once; it keeps the compiled code beside this file or in the user's cache).
+read it again for every row. So the product is written out here, and what lies between two products, so that a
+step of all layers is one call; numba compiles it for the machine (once; it keeps the compiled code beside this
+file or in the user's cache).
 """
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
 
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))  # numba reads it when it is imported
 
-from numba import njit, prange
+from numba import carray, njit, prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 # Sums may be taken in any order, as every matrix library does; infinities and NaNs keep their meaning.
 FREEDOM = {"reassoc", "contract"}
@@ -194,8 +198,83 @@ def _rotate(x, cos, sin, out):
         out[d] = x[d]
 
 
+@njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
+def gate(states, gelu, out, shares):
+    """out = f(left half of `states`) · right half; [M, 2K] → [M, K], float32; f is SiLU, or GELU (tanh) with `gelu`."""
+    rows, width = out.shape
+    for share in prange(shares):
+        for m in range(rows):
+            for k in range(width * share // shares, width * (share + 1) // shares):
+                x = states[m, k]
+                if gelu:
+                    inner = np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)
+                    activated = np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
+                else:
+                    activated = x / (np.float32(1) + np.exp(-x))
+                out[m, k] = activated * states[m, width + k]
+
+
+def _to_pointer(typing_context, address):
+    def build(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), build
+
+
+_pointer: Any = intrinsic(_to_pointer)  # an address, int64, as what `carray` makes an array of
+
+
+@njit(nogil=True, cache=True)
+def _product(x, weight, scale, compact, shape, lora, out, shares):
+    """`multiply` with everything but x and out given by address, as `run_layers` has it."""
+    outputs, width = shape[0], shape[1]
+    policies, rank = lora[3], lora[4]
+    a = carray(_pointer(lora[0]), (policies, rank, width), np.float32)
+    b = carray(_pointer(lora[1]), (policies, rank, outputs), np.float32)
+    places = carray(_pointer(lora[2]), (len(x) if policies else 0,), np.int64)
+    scales = carray(_pointer(scale), (outputs,), np.float32)
+    if compact:
+        multiply(carray(_pointer(weight), (outputs, width), np.int16), scales, x, a, b, places, out, shares)
+    else:
+        multiply(carray(_pointer(weight), (outputs, width), np.float32), scales, x, a, b, places, out, shares)
+
+
+@njit(nogil=True, cache=True)
+def run_layers(
+    x, weights, scales, compact, shapes, loras, norms, epsilon, cache, room, rotation, scaling, gelu, shares
+):
+    """One token of every row through all layers: x [M, K] becomes what leaves the last one.
+
+    What belongs to a layer is given by its address, int64, and kept alive by the caller: `weights` and `scales`
+    [layers, 4] of the products (query/key/value, out, gate/up, down), whose shapes [N, K] are `shapes` [4, 2] and
+    whose weights are int16 where `compact` [4] is true; `loras` [layers, 4, 5]: a, b, places, then P and the rank;
+    `norms` [layers, 2]; `cache` [layers, 2]: keys and values [M, G, positions, D], where `room` is (G, positions, D).
+    `rotation` is (position, cos, sin); `epsilon` the norms', `scaling` the attention's, `gelu` as of `gate`.
+    """
+    groups, positions, depth = room
+    position, cos, sin = rotation
+    normed, change = np.empty_like(x), np.empty_like(x)
+    states = np.empty((len(x), shapes[0, 0]), np.float32)
+    attended = np.empty((len(x), shapes[1, 1]), np.float32)
+    gate_up = np.empty((len(x), shapes[2, 0]), np.float32)
+    inside = np.empty((len(x), shapes[3, 1]), np.float32)
+    for n in range(len(weights)):
+        normalise(x, carray(_pointer(norms[n, 0]), x.shape[1], np.float32), epsilon, normed)
+        _product(normed, weights[n, 0], scales[n, 0], compact[0], shapes[0], loras[n, 0], states, shares)
+        keys = carray(_pointer(cache[n, 0]), (len(x), groups, positions, depth), np.float32)
+        values = carray(_pointer(cache[n, 1]), (len(x), groups, positions, depth), np.float32)
+        attend(states, cos, sin, keys, values, position, scaling, attended)
+        _product(attended, weights[n, 1], scales[n, 1], compact[1], shapes[1], loras[n, 1], change, shares)
+        x += change
+        normalise(x, carray(_pointer(norms[n, 1]), x.shape[1], np.float32), epsilon, normed)
+        _product(normed, weights[n, 2], scales[n, 2], compact[2], shapes[2], loras[n, 2], gate_up, shares)
+        gate(gate_up, gelu, inside, shares)
+        _product(inside, weights[n, 3], scales[n, 3], compact[3], shapes[3], loras[n, 3], change, shares)
+        x += change
+
+
 def compile_kernels() -> None:
-    """Compile all of the above, or fetch what was compiled before: some twenty seconds once, then a fraction of one.
+    """Compile all of the above, or fetch what was compiled before: half a minute once, then a fraction of one.
 
     Otherwise the first question of a new installation would wait for it.
     """
@@ -206,3 +285,9 @@ def compile_kernels() -> None:
         multiply(one.astype(kind), line[:1], one, nothing, nothing, none, out, SHARES)
     normalise(one, line, 1e-6, one.copy())
     attend(np.ones((1, 6), np.float32), line, line, cache, cache.copy(), 0, 1.0, one.copy())
+    gate(one, False, one[:, :1].copy(), SHARES)
+    tables, shapes, loras = np.empty((0, 4), np.int64), np.ones((4, 2), np.int64), np.empty((0, 4, 5), np.int64)
+    run_layers(
+        *(one, tables, tables, np.empty(4, np.bool_), shapes, loras, tables, 1e-6),
+        *(tables, (1, 1, 2), (0, line, line), 1.0, False, SHARES),
+    )  # fmt: skip

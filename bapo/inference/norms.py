@@ -21,14 +21,14 @@ class FusedNorm(nn.Module):
         self.weight = cast(nn.Parameter, norm.weight)  # the parameter itself: the model's state is what it was
         self.epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0)))
         self._factor = self.weight.detach() + offset
-        self._array = self._factor.numpy()
+        self.array = self._factor.numpy()
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
         if x.numel() > FEW * width:
             return F.rms_norm(x, (width,), self._factor, self.epsilon)
         out = torch.empty(x.shape)
-        normalise(x.reshape(-1, width).contiguous().numpy(), self._array, self.epsilon, out.view(-1, width).numpy())
+        normalise(x.reshape(-1, width).contiguous().numpy(), self.array, self.epsilon, out.view(-1, width).numpy())
         return out
 
 

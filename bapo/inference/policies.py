@@ -79,7 +79,7 @@ class Policies:
         """One token of every row, [rows]: logits of the next, [rows, vocabulary]. Extends the cache of `prefill`."""
         if self._step and self._step.takes(cache):
             with self._model.mixed(rows, exact):
-                return self._step(token_ids, cache)
+                return self._step(token_ids, cache, rows, exact)
         return self.forward(rows, exact, input_ids=token_ids[:, None], past_key_values=cache).logits[:, -1]
 
     def prefill(self, rows: RowWeights, count: int, prompt_ids: Sequence[int]) -> tuple[Tensor, Cache]:

@@ -94,6 +94,15 @@ class Product:
             return add_lora(F.linear(x, self.weight, self.bias), x, lora)
         return self.by((self.exact_ways if exact else self.ways)[rows], x, lora)
 
+    def one_pass(self, rows: int, exact: bool) -> tuple[np.ndarray, np.ndarray] | None:
+        """Weight and scale as `kernels.multiply` reads them, where that is all there is to so many rows' product."""
+        if not self.special or not 0 < rows <= FEW or self.bias is not None:
+            return None
+        return self._held((self.exact_ways if exact else self.ways)[rows])
+
+    def _held(self, way: str) -> tuple[np.ndarray, np.ndarray] | None:
+        return {COMPACT: self._compact, ONE_PASS: (self._weight, self._ones)}.get(way)
+
     def by(self, way: str, x: Tensor, lora: Lora | None = None) -> Tensor:
         """The product by one of the ways."""
         if way == LINEAR:
@@ -104,7 +113,7 @@ class Product:
             out = (self.weight @ flat.T).T
         else:
             out = torch.empty(len(flat), len(self.weight))
-            held = self._compact if way == COMPACT else (self._weight, self._ones)
+            held = self._held(way)
             assert held is not None  # `choose_ways` keeps the rounded weight of whatever it lets take this way
             weight, scale = held
             if lora and len(lora.places) == len(flat):  # one position of every row: the kernel adds the rows' own
