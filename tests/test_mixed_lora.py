@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from bapo.adapters import WEIGHTS, Mix
+from bapo.adapters import WEIGHTS, AdapterStore, Mix
 from bapo.errors import BapoError
 from bapo.inference.base import load_base
 from bapo.inference.kernels import multiply, normalise
@@ -18,7 +18,7 @@ from bapo.inference.policies import Policies
 from bapo.inference.products import COMPACT, EXACT_WAYS, FEW, ONE_PASS, TRANSPOSED, Lora, Product, choose_ways
 from bapo.inference.roomy_cache import roomy_cache
 from bapo.inference.scoring import policy_logps
-from tests.tiny import logps_apart
+from tests.tiny import logps_apart, make_adapter
 
 PROMPT = [5, 17, 3, 80, 41, 9]
 STEPS = [[7, 8, 9, 10, 11, 12], [60, 50, 40, 30, 20, 10], [1, 2, 3, 4, 5, 6]]  # one token for each of six rows
@@ -104,6 +104,30 @@ def test_the_layers_in_one_call_equal_the_layers_one_by_one(tiny_engine, setting
         found.append(torch.stack(steps))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
     assert (found[0][:, 0] - found[0][:, 1]).abs().max() > 0.1, "the adapter must change something"
+
+
+@pytest.mark.parametrize(
+    "leaders", [[0, 1, 2, 0, 1], [0, 1, 2, 3, 4], [0, 1, 0, 3, 4], [0, 0, 2, 3, 4], [0, 0, 1, 3, 3], None]
+)
+def test_rows_that_follow_are_computed_once_before_the_first_adapted_layer(tiny_base, settings, leaders):
+    store = AdapterStore(settings.adapters, tiny_base.name, tiny_base.fingerprint)
+    for seed, method in enumerate(("dpo", "bapo")):
+        make_adapter(tiny_base, store, "late", method, seed, layers=[1])
+    policies = Policies(tiny_base, 2**20, settings.cache, exact=True)
+    rows = policies.gather([None, *(store.named(name) for name in ("late-dpo", "late-bapo", "late-dpo", "late-bapo"))])
+    found = []
+    for given in (leaders, [0, 1, 2, 3, 4]):
+        fed = torch.tensor([[7, 8, 9, 10, 11], [30, 20, 10, 5, 4], [1, 2, 3, 4, 5]])[:, leaders or [0, 1, 2, 3, 4]]
+        with torch.inference_mode():
+            _, cache = policies.prefill(rows, 5, PROMPT)
+            logits = [policies.step(rows, True, tokens, cache, given) for tokens in fed]
+            staying = [0, 1, 3]  # and now nobody says who follows whom: the cache must be whole
+            cache.batch_select_indices(torch.tensor(staying))
+            logits.append(policies.step(rows.select(staying), True, fed[0][staying], cache))
+        found.append(logits)
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    assert (found[0][0][0] - found[0][0][3]).abs().max() > 0.1, "row 3 has an adapter, even where it follows row 0"
 
 
 def test_the_longest_context(tiny_engine, tiny_folders, architecture, settings):

@@ -6,6 +6,7 @@ only what lies between them: rotation, attention to the cache, residuals. Where 
 pass over the weight, all layers are one call of `kernels.run_layers`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class DecoderStep:
         )
         self._gelu = GATES.get(type(self._layers[0].activate))
         self._known: dict[tuple[int, bool], _Weights | None] = {}
-        self._loras: tuple[RowWeights | None, np.ndarray] = None, np.zeros((len(self._layers), 4, 5), np.int64)
+        self._loras: tuple[RowWeights | None, np.ndarray, int] = None, np.empty(0), 0
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "DecoderStep | None":
@@ -82,10 +83,13 @@ class DecoderStep:
         norms = any(isinstance(module, FusedNorm) for module in model.modules())
         return cls(model) if norms and all(layer.product and layer.product.special for layer in mixed) else None
 
-    def __call__(self, token_ids: Tensor, cache: Cache, rows: RowWeights | None, exact: bool) -> Tensor:
+    def __call__(
+        self, token_ids: Tensor, cache: Cache, rows: RowWeights, exact: bool, leaders: Sequence[int] | None = None
+    ) -> Tensor:
         """Logits of the next token, [rows, vocabulary], after one token of every row, [rows]; extends the cache.
 
-        To be called while the model's layers are told of `rows` and `exact` (`MixedModel.mixed`).
+        A row has been fed the same tokens as the row `leaders` names for it. To be called while the model's
+        layers are told of `rows` and `exact` (`MixedModel.mixed`).
         """
         position = cache.get_seq_length()
         x = self._embed(token_ids)
@@ -96,11 +100,13 @@ class DecoderStep:
         if weights is None:
             x = self._layer_by_layer(x, buffers, rotation)
         else:
-            addresses = np.array([[buffer.ctypes.data for buffer in pair] for pair in buffers])
-            first = self._layers[0]
+            cache_table = np.array([[k.ctypes.data, v.ctypes.data, k.shape[2]] for k, v in buffers])
+            first, heads = self._layers[0], buffers[0][0].shape[1::2]
+            loras, alike = self._lora_table(rows)
+            copies = _copies(alike, len(x), leaders)
             run_layers(
-                *(x.numpy(), *weights[:3], self._shapes, self._lora_table(rows), self._norms, first.mlp_norm.epsilon),
-                *(addresses, buffers[0][0].shape[1:], rotation, first.scaling, self._gelu, SHARES),
+                *(x.numpy(), *weights[:3], self._shapes, loras, self._norms, first.mlp_norm.epsilon),
+                *(cache_table, heads, rotation, first.scaling, self._gelu, copies, SHARES),
             )  # fmt: skip
         return self._head.joined(self._norm(x))
 
@@ -128,18 +134,27 @@ class DecoderStep:
             self._known[key] = None if self._gelu is None else _tables(found)
         return self._known[key]
 
-    def _lora_table(self, rows: RowWeights | None) -> np.ndarray:
-        """`loras` of `run_layers`; made anew when the rows are others."""
+    def _lora_table(self, rows: RowWeights) -> tuple[np.ndarray, int]:
+        """`loras` of `run_layers`, made anew when the rows are others, and the first layer that has any."""
         if rows is not self._loras[0]:
             table = np.zeros((len(self._layers), 4, 5), np.int64)
             for n, layer in enumerate(self._layers):
                 for part, linear in enumerate(layer.linears):
-                    lora = rows.layers[linear.index] if rows else None
-                    if lora:
+                    if lora := rows.layers[linear.index]:
                         addresses = lora.a.data_ptr(), lora.b.data_ptr(), lora.places.ctypes.data
                         table[n, part] = *addresses, *lora.a.shape[:2]
-            self._loras = rows, table
-        return self._loras[1]
+            self._loras = rows, table, int(table.any((1, 2)).argmax())
+        return self._loras[1:]
+
+
+def _copies(alike: int, rows: int, leaders: Sequence[int] | None) -> tuple[int, int, np.ndarray]:
+    """`copies` of `run_layers`, where the rows behind some first ones follow these."""
+    own = np.arange(rows)
+    leading = own if leaders is None else np.array(leaders)
+    distinct = int((leading == own).sum())
+    if not alike or (leading[:distinct] != own[:distinct]).any() or (leading >= distinct).any():
+        return 0, rows, own
+    return alike, distinct, leading
 
 
 def _tables(found: list[list[tuple[np.ndarray, np.ndarray] | None]]) -> _Weights | None:

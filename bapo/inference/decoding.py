@@ -87,7 +87,8 @@ def decode(
         if len(staying) < len(live):
             cache.batch_select_indices(torch.tensor(staying, device=logits.device))
             live, index, weights = [live[i] for i in staying], index[staying], weights.select(staying)
-        logits = _wide(policies.step(weights, exact, index.squeeze(1), cache))
+        leaders = [live.index(row if (leader := rows[row].follows) is None else leader) for row in live]
+        logits = _wide(policies.step(weights, exact, index.squeeze(1), cache, leaders))
 
 
 def _prefill(policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row]) -> tuple[RowWeights, Tensor, Cache]:

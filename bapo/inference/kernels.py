@@ -241,36 +241,48 @@ def _product(x, weight, scale, compact, shape, lora, out, shares):
 
 @njit(nogil=True, cache=True)
 def run_layers(
-    x, weights, scales, compact, shapes, loras, norms, epsilon, cache, room, rotation, scaling, gelu, shares
+    x, weights, scales, compact, shapes, loras, norms, epsilon, cache, heads, rotation, scaling, gelu, copies, shares
 ):
     """One token of every row through all layers: x [M, K] becomes what leaves the last one.
 
     What belongs to a layer is given by its address, int64, and kept alive by the caller: `weights` and `scales`
     [layers, 4] of the products (query/key/value, out, gate/up, down), whose shapes [N, K] are `shapes` [4, 2] and
     whose weights are int16 where `compact` [4] is true; `loras` [layers, 4, 5]: a, b, places, then P and the rank;
-    `norms` [layers, 2]; `cache` [layers, 2]: keys and values [M, G, positions, D], where `room` is (G, positions, D).
-    `rotation` is (position, cos, sin); `epsilon` the norms', `scaling` the attention's, `gelu` as of `gate`.
+    `norms` [layers, 2]; `cache` [layers, 3]: keys, values [M, G, positions, D], positions; `heads` is (G, D);
+    `rotation` (position, cos, sin); `epsilon` the norms', `scaling` the attention's, `gelu` as of `gate`.
+    `copies` is (layers, rows, leaders): in so many first layers all rows but so many first ones are copies of
+    their `leaders` [M], whose keys and values they get.
     """
-    groups, positions, depth = room
+    groups, depth = heads
     position, cos, sin = rotation
+    alike, distinct, leaders = copies
     normed, change = np.empty_like(x), np.empty_like(x)
     states = np.empty((len(x), shapes[0, 0]), np.float32)
     attended = np.empty((len(x), shapes[1, 1]), np.float32)
     gate_up = np.empty((len(x), shapes[2, 0]), np.float32)
     inside = np.empty((len(x), shapes[3, 1]), np.float32)
     for n in range(len(weights)):
-        normalise(x, carray(_pointer(norms[n, 0]), x.shape[1], np.float32), epsilon, normed)
-        _product(normed, weights[n, 0], scales[n, 0], compact[0], shapes[0], loras[n, 0], states, shares)
-        keys = carray(_pointer(cache[n, 0]), (len(x), groups, positions, depth), np.float32)
-        values = carray(_pointer(cache[n, 1]), (len(x), groups, positions, depth), np.float32)
-        attend(states, cos, sin, keys, values, position, scaling, attended)
-        _product(attended, weights[n, 1], scales[n, 1], compact[1], shapes[1], loras[n, 1], change, shares)
-        x += change
-        normalise(x, carray(_pointer(norms[n, 1]), x.shape[1], np.float32), epsilon, normed)
-        _product(normed, weights[n, 2], scales[n, 2], compact[2], shapes[2], loras[n, 2], gate_up, shares)
-        gate(gate_up, gelu, inside, shares)
-        _product(inside, weights[n, 3], scales[n, 3], compact[3], shapes[3], loras[n, 3], change, shares)
-        x += change
+        rows = distinct if n < alike else len(x)
+        if n == alike:
+            for m in range(distinct, rows):
+                x[m] = x[leaders[m]]
+        own, part, out = x[:rows], normed[:rows], change[:rows]
+        normalise(own, carray(_pointer(norms[n, 0]), x.shape[1], np.float32), epsilon, part)
+        _product(part, weights[n, 0], scales[n, 0], compact[0], shapes[0], loras[n, 0], states[:rows], shares)
+        shape = len(x), groups, cache[n, 2], depth
+        keys = carray(_pointer(cache[n, 0]), shape, np.float32)
+        values = carray(_pointer(cache[n, 1]), shape, np.float32)
+        attend(states[:rows], cos, sin, keys[:rows], values[:rows], position, scaling, attended[:rows])
+        for m in range(rows, len(x)):
+            keys[m, :, position] = keys[leaders[m], :, position]
+            values[m, :, position] = values[leaders[m], :, position]
+        _product(attended[:rows], weights[n, 1], scales[n, 1], compact[1], shapes[1], loras[n, 1], out, shares)
+        own += out
+        normalise(own, carray(_pointer(norms[n, 1]), x.shape[1], np.float32), epsilon, part)
+        _product(part, weights[n, 2], scales[n, 2], compact[2], shapes[2], loras[n, 2], gate_up[:rows], shares)
+        gate(gate_up[:rows], gelu, inside[:rows], shares)
+        _product(inside[:rows], weights[n, 3], scales[n, 3], compact[3], shapes[3], loras[n, 3], out, shares)
+        own += out
 
 
 def compile_kernels() -> None:
@@ -289,5 +301,5 @@ def compile_kernels() -> None:
     tables, shapes, loras = np.empty((0, 4), np.int64), np.ones((4, 2), np.int64), np.empty((0, 4, 5), np.int64)
     run_layers(
         *(one, tables, tables, np.empty(4, np.bool_), shapes, loras, tables, 1e-6),
-        *(tables, (1, 1, 2), (0, line, line), 1.0, False, SHARES),
+        *(tables, (1, 2), (0, line, line), 1.0, False, (0, 1, np.zeros(1, np.int64)), SHARES),
     )  # fmt: skip

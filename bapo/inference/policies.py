@@ -75,11 +75,17 @@ class Policies:
         with self._model.mixed(rows, exact):
             return self.base.model(**inputs)
 
-    def step(self, rows: RowWeights, exact: bool, token_ids: Tensor, cache: Cache) -> Tensor:
-        """One token of every row, [rows]: logits of the next, [rows, vocabulary]. Extends the cache of `prefill`."""
+    def step(
+        self, rows: RowWeights, exact: bool, token_ids: Tensor, cache: Cache, leaders: Sequence[int] | None = None
+    ) -> Tensor:
+        """One token of every row, [rows]: logits of the next, [rows, vocabulary]. Extends the cache of `prefill`.
+
+        `leaders` names for every row one (itself, say) that has been given the same prompt and tokens so far:
+        before the first adapted layer the two are computed once.
+        """
         if self._step and self._step.takes(cache):
             with self._model.mixed(rows, exact):
-                return self._step(token_ids, cache, rows, exact)
+                return self._step(token_ids, cache, rows, exact, leaders)
         return self.forward(rows, exact, input_ids=token_ids[:, None], past_key_values=cache).logits[:, -1]
 
     def prefill(self, rows: RowWeights, count: int, prompt_ids: Sequence[int]) -> tuple[Tensor, Cache]:
