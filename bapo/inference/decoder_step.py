@@ -159,9 +159,9 @@ def _copies(alike: int, rows: int, leaders: Sequence[int] | None) -> tuple[int, 
 
 def _tables(found: list[list[tuple[np.ndarray, np.ndarray] | None]]) -> _Weights | None:
     """The products' weights and scales by layer; None where one is missing or the layers are not alike."""
-    whole = [[held for held in layer if held] for layer in found]
+    whole = [[held for held in layer if held is not None] for layer in found]
     alike = {tuple((weight.shape, weight.dtype) for weight, _ in layer) for layer in whole}
-    if whole != found or len(alike) > 1:
+    if len(alike) > 1 or len(whole[0]) < len(found[0]):
         return None
     weights, scales = (np.array([[held[n].ctypes.data for held in layer] for layer in whole]) for n in (0, 1))
     return _Weights(weights, scales, np.array([weight.dtype == np.int16 for weight, _ in whole[0]]), whole)
