@@ -6,7 +6,6 @@ import pytest
 
 from bapo.adapters import Mix
 from bapo.inference.decoding import Row, Sampling, decode
-from bapo.inference.model_thread import in_model_thread
 from bapo.inference.policies import Policies
 from tests.tiny import make_adapter
 
@@ -37,11 +36,6 @@ def store(llama_base, settings):
 
 
 def test_random_schedules_give_each_request_its_own_text(llama_base, store, settings):
-    # In the thread that computes, as in the product: beside it another one is slow.
-    in_model_thread(random_schedules, llama_base, store, settings)
-
-
-def random_schedules(llama_base, store, settings):
     policies = Policies(llama_base, 2**20, settings.cache)
     alone = {}
 
