@@ -89,7 +89,7 @@ def swap(policies: Policies, adapters: list[Adapter], ids: list[int]) -> tuple[f
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second that one large tensor is copied with (each is read once and written once)."""
+    """Bytes a second, read and written, that one large tensor is copied with."""
     source = torch.ones(256 * MEGABYTE // 4)
     target = torch.empty_like(source)
     seconds = []
@@ -97,7 +97,7 @@ def copy_bandwidth() -> float:
         start = time.perf_counter()
         target.copy_(source)
         seconds.append(time.perf_counter() - start)
-    return source.nbytes / statistics.median(seconds)
+    return 2 * source.nbytes / statistics.median(seconds)
 
 
 def weight_bytes(base: Base, per_weight: int) -> int:
