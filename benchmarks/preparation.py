@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from bapo.inference.base import EMBEDDED, Base, load_base
-from bapo.inference.base_responses import BATCH, MAX_TOKENS
+from bapo.inference.base_responses import MAX_TOKENS
+from bapo.inference.greedy_batch import ROWS
 from bapo.pairs import Pair
 from bapo.settings import Settings
 from bapo.training.rows import prepare_rows
@@ -71,11 +72,11 @@ def ours(base: Base, pairs: list[Pair]) -> float:
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    lines = spread(Path(sys.argv[1]), ROUNDS * BATCH)
+    lines = spread(Path(sys.argv[1]), ROUNDS * ROWS)
     theirs_base, our_base = load_base(Settings(base=EMBEDDED)), load_base(Settings(base=EMBEDDED))
     seconds: dict[str, list[float]] = {"usual": [], "ours": []}
     for number in range(ROUNDS):
-        prompts = lines[number * BATCH : (number + 1) * BATCH]
+        prompts = lines[number * ROWS : (number + 1) * ROWS]
         pairs = [
             Pair(item["prompt"], item["responses"]["literature"], text)
             for item in prompts

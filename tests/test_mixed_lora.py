@@ -15,7 +15,18 @@ from bapo.inference.kernels import multiply, normalise
 from bapo.inference.lora_weights import read_lora
 from bapo.inference.mixed_lora import MixedLinear, MixedModel
 from bapo.inference.policies import Policies
-from bapo.inference.products import COMPACT, EXACT_WAYS, FEW, ONE_PASS, TRANSPOSED, Lora, Product, choose_ways
+from bapo.inference.products import (
+    COMPACT,
+    EXACT_WAYS,
+    FEW,
+    LINEAR,
+    MANY,
+    ONE_PASS,
+    TRANSPOSED,
+    Lora,
+    Product,
+    choose_ways,
+)
 from bapo.inference.roomy_cache import roomy_cache
 from bapo.inference.scoring import policy_logps
 from tests.tiny import logps_apart, make_adapter
@@ -49,7 +60,7 @@ def take_ways(policies, *ways):
         if way := ways[number % len(ways)]:
             if way == COMPACT:
                 layer.product.make_compact()
-            layer.product.exact_ways = layer.product.ways = [way] * (FEW + 1)
+            layer.product.exact_ways = layer.product.ways = [way] * (MANY + 1)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +230,7 @@ def test_the_norm_kernel_equals_the_formula():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(5, 1, 48), (2, 3, 48), (4, 10, 48), (3, 48)])
+@pytest.mark.parametrize("shape", [(5, 1, 48), (2, 3, 48), (4, 10, 48), (3, 48), (5, 60, 48)])
 def test_every_way_gives_the_same_product(bias, shape):
     linear = torch.nn.Linear(48, 20, bias=bias)
     places = np.array([1, -1, 0, 1, 1])[: shape[0]]
@@ -240,7 +251,7 @@ def test_rounded_weights_are_near_and_asked_for():
     weight[3] = 0
     product = Product(weight, None)
     product.make_compact()
-    product.ways = ["compact"] * (FEW + 1)
+    product.ways = [COMPACT] * (MANY + 1)
     x = torch.randn(3, 64)
     exact, rounded = product(x), product(x, exact=False)
     torch.testing.assert_close(exact, x @ weight.T)
@@ -311,9 +322,10 @@ def test_ways_are_timed_once_and_remembered(tmp_path, monkeypatch):
     alike = [Product(torch.randn(512, 256), None) for _ in range(2)]
     small = Product(torch.randn(8, 8), None)
     choose_ways([*alike, small], tmp_path, compact=True)
-    assert alike[0].ways == alike[1].ways and len(alike[0].ways) == FEW + 1
+    assert alike[0].ways == alike[1].ways and len(alike[0].ways) == MANY + 1
+    assert set(alike[0].ways[FEW + 1 :]) <= {LINEAR, TRANSPOSED}, "many rows are never rounded"
     assert set(alike[0].exact_ways) <= set(EXACT_WAYS), "where exact is asked for, nothing is rounded"
-    assert small.ways == ["one pass"] * (FEW + 1)
+    assert small.ways == [ONE_PASS] * (FEW + 1) + [LINEAR] * (MANY - FEW)
     monkeypatch.setattr("bapo.inference.products._fastest", lambda *a: pytest.fail("timed again"))
     again = [Product(product.weight, None) for product in alike]
     choose_ways(again, tmp_path, compact=True)

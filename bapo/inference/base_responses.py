@@ -8,10 +8,11 @@ import torch
 
 from bapo.disk_cache import DiskCache
 from bapo.inference.base import Base
+from bapo.inference.greedy_batch import ROWS, GreedyBatch
 from bapo.pair_layouts import Prompt
 
 MAX_TOKENS = 128  # a small base may never end its answer; what it says later says little more
-BATCH = 16
+BATCH = 16  # where `generate` answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,19 @@ def base_responses(
     """
     known = DiskCache(cache / "base-responses" / base.cache_key)
     keys = {prompt: [prompt, max_tokens] for prompt in prompts}
-    # Alike lengths share a batch, so that little is padded.
-    missing = sorted(
-        (prompt for prompt, key in keys.items() if key not in known), key=lambda prompt: len(base.encode_prompt(prompt))
-    )
+    ids = {prompt: base.encode_prompt(prompt) for prompt, key in keys.items() if key not in known}
+    missing = sorted(ids, key=lambda prompt: len(ids[prompt]))  # alike lengths share a batch: little is padded
     progress(len(keys) - len(missing), len(keys))
-    for start in range(0, len(missing), BATCH):
-        batch = missing[start : start + BATCH]
-        for prompt, response in zip(batch, greedy_responses(base, batch, max_tokens), strict=True):
+    together = GreedyBatch.of(base.model, len(ids[missing[-1]]) + max_tokens, cache) if missing else None
+    size = ROWS if together else BATCH
+    for start in range(0, len(missing), size):
+        batch = missing[start : start + size]
+        if together:
+            found = together.answers([ids[prompt] for prompt in batch], max_tokens, base.stop_ids)
+            answers = [_response(base, token_ids) for token_ids in found]
+        else:
+            answers = greedy_responses(base, batch, max_tokens)
+        for prompt, response in zip(batch, answers, strict=True):
             known[keys[prompt]] = asdict(response)
         progress(len(keys) - len(missing) + start + len(batch), len(keys))
     return {prompt: BaseResponse(**known[key]) for prompt, key in keys.items()}

@@ -74,27 +74,41 @@ class DecoderStep:
         self._known: dict[tuple[int, bool], _Weights | None] = {}
         self._loras: tuple[RowWeights | None, np.ndarray, int] = None, np.empty(0), 0
 
+    @staticmethod
+    def suits(model: PreTrainedModel) -> bool:
+        """Whether it is of an architecture that is written out here, in float32 on the CPU."""
+        return type(model).__name__ in ARCHITECTURES and model.device.type == "cpu" and model.dtype == torch.float32
+
     @classmethod
     def of(cls, model: PreTrainedModel) -> "DecoderStep | None":
-        """None where the model is of another kind, or not in float32 on the CPU."""
-        if type(model).__name__ not in ARCHITECTURES:
+        """None where the model does not suit, or not all of its layers were replaced."""
+        if not cls.suits(model):
             return None
         mixed = [module for module in model.modules() if isinstance(module, MixedLinear)]
         norms = any(isinstance(module, FusedNorm) for module in model.modules())
         return cls(model) if norms and all(layer.product and layer.product.special for layer in mixed) else None
 
     def __call__(
-        self, token_ids: Tensor, cache: Cache, rows: RowWeights, exact: bool, leaders: Sequence[int] | None = None
+        self,
+        token_ids: Tensor,
+        cache: Cache,
+        rows: RowWeights,
+        exact: bool,
+        leaders: Sequence[int] | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
         """Logits of the next token, [rows, vocabulary], after one token of every row, [rows]; extends the cache.
 
-        A row has been fed the same tokens as the row `leaders` names for it. To be called while the model's
-        layers are told of `rows` and `exact` (`MixedModel.mixed`).
+        A row has been fed the same tokens as the row `leaders` names for it. The cache's first positions may be
+        `padding`, so many of every row, [rows]. To be called while the model's layers are told of `rows` and `exact`
+        (`MixedModel.mixed`).
         """
         position = cache.get_seq_length()
         x = self._embed(token_ids)
-        cos, sin = (part[0, 0].numpy() for part in self._rotary(x[None], torch.tensor([[position]])))
-        rotation = position, cos, sin
+        starts = torch.zeros_like(token_ids) if padding is None else padding
+        angles = self._rotary(x[None], (position - starts)[:, None])
+        cos, sin = (part.expand(len(x), -1, -1)[:, 0].contiguous().numpy() for part in angles)
+        rotation = position, starts.numpy(), cos, sin
         buffers = [[buffer.numpy() for buffer in kept.append_one()] for kept in cache.layers]
         weights = self._in_one_pass(len(x), exact)
         if weights is None:
@@ -116,11 +130,11 @@ class DecoderStep:
 
     def _layer_by_layer(self, x: Tensor, buffers: list[list[np.ndarray]], rotation: tuple) -> Tensor:
         """What `run_layers` does, with each product in its own way."""
-        position, cos, sin = rotation
+        position, starts, cos, sin = rotation
         for layer, (keys, values) in zip(self._layers, buffers, strict=True):
             states = layer.query_key_value.joined(layer.attention_norm(x)).contiguous()
             attended = torch.empty(len(x), layer.out.in_features)
-            attend(states.numpy(), cos, sin, keys, values, position, layer.scaling, attended.numpy())
+            attend(states.numpy(), cos, sin, keys, values, position, starts, layer.scaling, attended.numpy())
             x = x + layer.out.joined(attended)
             gate, up = layer.gate_up.joined(layer.mlp_norm(x)).chunk(2, -1)
             x = x + layer.down.joined(layer.activate(gate) * up)

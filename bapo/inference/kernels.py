@@ -150,38 +150,39 @@ def normalise(x, weight, epsilon, out):
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
-def attend(states, cos, sin, keys, values, position, scaling, out):
+def attend(states, cos, sin, keys, values, position, starts, scaling, out):
     """Rotate queries and keys, append keys and values to the cache at `position`, attend to all up to there.
 
-    `states` [M, (H + 2G)·D] holds H query heads, G key heads and G value heads; `cos` and `sin` [≤ D] turn the
-    first dimensions; `keys` and `values` [M, G, positions, D] are the cache; `out` is [M, H·D]. All float32.
+    `states` [M, (H + 2G)·D] holds H query heads, G key heads and G value heads; `cos` and `sin` [M, ≤ D] turn the
+    first dimensions; `keys` and `values` [M, G, positions, D] are the cache, in which a row's own positions begin
+    at its entry of `starts` [M]; `out` is [M, H·D]. All but `starts` float32.
     """
     rows, groups, _, width = keys.shape
     heads = states.shape[1] // width - 2 * groups
     shared = heads // groups
     for unit in prange(rows * groups):
         m, g = unit // groups, unit % groups
-        row, own, seen = states[m], keys[m, g], values[m, g]
-        _rotate(row[(heads + g) * width : (heads + g + 1) * width], cos, sin, own[position])
+        row, own, seen, first = states[m], keys[m, g], values[m, g], starts[m]
+        _rotate(row[(heads + g) * width : (heads + g + 1) * width], cos[m], sin[m], own[position])
         seen[position] = row[(heads + groups + g) * width : (heads + groups + g + 1) * width]
         query = np.empty(width, np.float32)
         weights = np.empty(position + 1, np.float32)
         for head in range(g * shared, (g + 1) * shared):
-            _rotate(row[head * width : (head + 1) * width], cos, sin, query)
+            _rotate(row[head * width : (head + 1) * width], cos[m], sin[m], query)
             largest = np.float32(-np.inf)
-            for t in range(position + 1):
+            for t in range(first, position + 1):
                 score = np.float32(0)
                 for d in range(width):
                     score += query[d] * own[t, d]
                 weights[t] = score * np.float32(scaling)
                 largest = max(largest, weights[t])
             total = np.float32(0)
-            for t in range(position + 1):
+            for t in range(first, position + 1):
                 weights[t] = np.exp(weights[t] - largest)
                 total += weights[t]
             attended = out[m, head * width : (head + 1) * width]
             attended[:] = 0
-            for t in range(position + 1):
+            for t in range(first, position + 1):
                 share = weights[t] / total
                 for d in range(width):
                     attended[d] += share * seen[t, d]
@@ -249,12 +250,12 @@ def run_layers(
     [layers, 4] of the products (query/key/value, out, gate/up, down), whose shapes [N, K] are `shapes` [4, 2] and
     whose weights are int16 where `compact` [4] is true; `loras` [layers, 4, 5]: a, b, places, then P and the rank;
     `norms` [layers, 2]; `cache` [layers, 3]: keys, values [M, G, positions, D], positions; `heads` is (G, D);
-    `rotation` (position, cos, sin); `epsilon` the norms', `scaling` the attention's, `gelu` as of `gate`.
+    `rotation` (position, starts, cos, sin); `epsilon` the norms', `scaling` the attention's, `gelu` as of `gate`.
     `copies` is (layers, rows, leaders): in so many first layers all rows but so many first ones are copies of
     their `leaders` [M], whose keys and values they get.
     """
     groups, depth = heads
-    position, cos, sin = rotation
+    position, starts, cos, sin = rotation
     alike, distinct, leaders = copies
     normed, change = np.empty_like(x), np.empty_like(x)
     states = np.empty((len(x), shapes[0, 0]), np.float32)
@@ -272,7 +273,7 @@ def run_layers(
         shape = len(x), groups, cache[n, 2], depth
         keys = carray(_pointer(cache[n, 0]), shape, np.float32)
         values = carray(_pointer(cache[n, 1]), shape, np.float32)
-        attend(states[:rows], cos, sin, keys[:rows], values[:rows], position, scaling, attended[:rows])
+        attend(states[:rows], cos, sin, keys[:rows], values[:rows], position, starts, scaling, attended[:rows])
         for m in range(rows, len(x)):
             keys[m, :, position] = keys[leaders[m], :, position]
             values[m, :, position] = values[leaders[m], :, position]
@@ -296,10 +297,11 @@ def compile_kernels() -> None:
         none, out = np.empty(0, np.int64), np.empty((1, 1), np.float32)
         multiply(one.astype(kind), line[:1], one, nothing, nothing, none, out, SHARES)
     normalise(one, line, 1e-6, one.copy())
-    attend(np.ones((1, 6), np.float32), line, line, cache, cache.copy(), 0, 1.0, one.copy())
+    first = np.zeros(1, np.int64)
+    attend(np.ones((1, 6), np.float32), one, one, cache, cache.copy(), 0, first, 1.0, one.copy())
     gate(one, False, one[:, :1].copy(), SHARES)
     tables, shapes, loras = np.empty((0, 4), np.int64), np.ones((4, 2), np.int64), np.empty((0, 4, 5), np.int64)
     run_layers(
         *(one, tables, tables, np.empty(4, np.bool_), shapes, loras, tables, 1e-6),
-        *(tables, (1, 2), (0, line, line), 1.0, False, (0, 1, np.zeros(1, np.int64)), SHARES),
+        *(tables, (1, 2), (0, first, one, one), 1.0, False, (0, 1, first), SHARES),
     )  # fmt: skip

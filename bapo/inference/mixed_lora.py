@@ -148,6 +148,16 @@ class MixedModel:
             cls._known[model] = cls(model)
         return cls._known[model]
 
+    @classmethod
+    def knows(cls, model: PreTrainedModel) -> bool:
+        """Whether the model's layers were replaced."""
+        return model in cls._known
+
+    @property
+    def products(self) -> list[Product]:
+        """Those of the layers whose weight is a plain matrix."""
+        return [layer.product for layer in self.layers if layer.product]
+
     @contextmanager
     def mixed(self, rows: RowWeights | None, exact: bool) -> Iterator[None]:
         """Passes inside run row i under `rows`' i-th adapter; with `exact` false, few rows meet rounded weights."""

@@ -36,7 +36,7 @@ class Policies:
         self.memory = memory
         self._model = MixedModel.of(base.model)
         self._resident: OrderedDict[str, tuple[Adapter, LoraWeights]] = OrderedDict()
-        products = [layer.product for layer in self._model.layers if layer.product]
+        products = self._model.products
         rounded = 2 * sum(product.weight.numel() for product in products)
         choose_ways(products, cache, compact=not exact and 2 * rounded < psutil.virtual_memory().available)
         self._step = DecoderStep.of(base.model)

@@ -1,9 +1,9 @@
 """Products with the base's frozen weights: the fastest way for every shape, found by timing.
 
-Up to `FEW` rows a product is bound by reading the weight; which way reads it fastest depends on the
-processor, so every way is timed once per shape and the choice kept on the disk. One of the ways
-reads the weight as 16-bit integers with a scale per output ("compact"): half the bytes, and closer to
-float32 than bfloat16 is.
+Up to `FEW` rows a product is bound by reading the weight, and up to `MANY` matrix libraries lose much of their time
+on arranging it; which way is fastest depends on the processor, so every way is timed once per shape and the choice
+kept on the disk. One of the ways reads the weight as 16-bit integers with a scale per output ("compact"): half the
+bytes, and closer to float32 than bfloat16 is.
 """
 
 import platform
@@ -22,14 +22,18 @@ from torch import Tensor
 from bapo.disk_cache import DiskCache
 from bapo.inference.kernels import SHARES, multiply
 
-FEW = 8
-TIMED_ROWS = (1, 2, 3, 5, 8)
+FEW, MANY = 8, 256
+TIMED_ROWS = (1, 2, 3, 5, 8, 16, 32, 64, 128, 256)
 REPEATS = 3
+SAMPLE = (
+    3  # of the products of one shape are timed at more than `FEW` rows, where the weight's way to the core matters less
+)
 SMALL = 2**18  # weights of one shape below which no way takes time worth a choice
 LARGEST = 2**15 - 1
 
 LINEAR, TRANSPOSED, ONE_PASS, COMPACT = "linear", "transposed", "one pass", "compact"
-EXACT_WAYS = (LINEAR, TRANSPOSED, ONE_PASS)
+MANY_ROWS_WAYS = (LINEAR, TRANSPOSED)
+EXACT_WAYS = (*MANY_ROWS_WAYS, ONE_PASS)
 
 
 class Lora(NamedTuple):
@@ -48,10 +52,18 @@ def add_lora(y: Tensor, x: Tensor, lora: Lora | None) -> Tensor:
     """y + (x Aᵀ) B, each row of x [rows, ..., K] and y [rows, ..., N] with its own matrices; writes to `y`."""
     if lora is None:
         return y
-    for place in np.unique(lora.places[lora.places >= 0]):
-        rows = np.flatnonzero(lora.places == place)
-        inner = x[rows].to(lora.a.dtype) @ lora.a[place].T
-        y[rows] += (inner @ lora.b[place]).to(y.dtype)
+    first = 0
+    # Neighbours with the same matrices are one product, and need not be gathered: they are slices.
+    for last in (*np.flatnonzero(np.diff(lora.places)) + 1, len(lora.places)):
+        place, rows, first = lora.places[first], slice(first, last), last
+        if place < 0:
+            continue
+        inner = x[rows].flatten(0, -2).to(lora.a.dtype) @ lora.a[place].T
+        target = y[rows].view(-1, y.shape[-1])
+        if target.dtype == inner.dtype:
+            target.addmm_(inner, lora.b[place])
+        else:
+            target += (inner @ lora.b[place]).to(target.dtype)
     return y
 
 
@@ -63,7 +75,7 @@ class Product:
         self.bias = bias
         # The kernels are written for float32 on the CPU.
         self.special = weight.device.type == "cpu" and weight.dtype == torch.float32
-        self.exact_ways = [LINEAR] * (FEW + 1)  # by number of rows
+        self.exact_ways = [LINEAR] * (MANY + 1)  # by number of rows
         self.ways = self.exact_ways
         if self.special:
             self._ones = torch.ones(len(weight)).numpy()
@@ -90,13 +102,13 @@ class Product:
     def __call__(self, x: Tensor, lora: Lora | None = None, exact: bool = True) -> Tensor:
         """x [..., K] → [..., N]; with `lora`, x is [rows, ..., K]. `exact` excludes the rounded weight."""
         rows = x.numel() // x.shape[-1]
-        if not self.special or not 0 < rows <= FEW:
+        if not self.special or not 0 < rows <= MANY:
             return add_lora(F.linear(x, self.weight, self.bias), x, lora)
         return self.by((self.exact_ways if exact else self.ways)[rows], x, lora)
 
     def one_pass(self, rows: int, exact: bool) -> tuple[np.ndarray, np.ndarray] | None:
         """Weight and scale as `kernels.multiply` reads them, where that is all there is to so many rows' product."""
-        if not self.special or not 0 < rows <= FEW or self.bias is not None:
+        if not self.special or not 0 < rows <= MANY or self.bias is not None:
             return None
         return self._held((self.exact_ways if exact else self.ways)[rows])
 
@@ -142,17 +154,18 @@ def choose_ways(products: Sequence[Product], cache: Path, compact: bool) -> None
     for shape, alike in by_shape.items():
         if len(alike) * shape[0] * shape[1] < SMALL:
             for product in alike:
-                product.exact_ways = product.ways = [ONE_PASS] * (FEW + 1)
+                product.exact_ways = product.ways = [ONE_PASS] * (FEW + 1) + [LINEAR] * (MANY - FEW)
             continue
         if compact:
             for product in alike:
                 product.make_compact()
         for exact in (True, False) if compact else (True,):
-            key = ["ways", *machine, torch.get_num_threads(), *shape, len(alike), exact]
+            key = ["ways", *machine, torch.get_num_threads(), *shape, len(alike), exact, TIMED_ROWS]
             if key not in known:
-                ways = EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT)
-                known[key] = {str(rows): _fastest(alike, rows, ways) for rows in TIMED_ROWS}
-            chosen = [known[key][str(next(timed for timed in TIMED_ROWS if timed >= rows))] for rows in range(FEW + 1)]
+                few = EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT)
+                plans = {rows: (alike, few) if rows <= FEW else (alike[:SAMPLE], MANY_ROWS_WAYS) for rows in TIMED_ROWS}
+                known[key] = {str(rows): _fastest(timed, rows, ways) for rows, (timed, ways) in plans.items()}
+            chosen = [known[key][str(next(timed for timed in TIMED_ROWS if timed >= rows))] for rows in range(MANY + 1)]
             for product in alike:
                 product.ways = chosen
                 if exact:

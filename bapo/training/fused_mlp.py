@@ -20,8 +20,8 @@ class FusedMlp(nn.Module):
 
     def __init__(self, mlp: nn.Module):
         super().__init__()
-        for name in PARTS:  # under their own names: adapters and checkpoints know the layers by these
-            setattr(self, name, getattr(mlp, name))
+        for name, child in mlp.named_children():  # adapters and checkpoints know the layers by their own names
+            setattr(self, name, child)
 
     def forward(self, x: Tensor) -> Tensor:
         layers = [getattr(self, name) for name in PARTS]
