@@ -11,6 +11,7 @@ from bapo.inference.greedy_batch import GreedyBatch
 from bapo.inference.policies import Policies
 from bapo.inference.products import MANY, ONE_PASS, TRANSPOSED
 from bapo.training.fused_mlp import fuse_mlps
+from tests.tiny import logps_apart
 
 PROMPTS = [[5, 17, 3], [80, 41, 9, 2, 6, 33, 90], [7], [60, 61, 62, 63, 64], [11, 12], [40] * 30]
 TOKENS = 40
@@ -36,7 +37,10 @@ def test_answers_are_those_of_generate_and_the_model_stays_as_it_was(tiny_base, 
     batch = GreedyBatch.of(model, 30 + TOKENS, settings.cache)
     for product in batch._mixed.products:
         product.exact_ways = [way] * (MANY + 1)
-    assert batch.answers(PROMPTS, TOKENS, frozenset(stop_ids)) == expected
+    answers = batch.answers(PROMPTS, TOKENS, frozenset(stop_ids))
+    assert [answer.token_ids for answer in answers] == expected
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        assert answer.logp == pytest.approx(logps_apart(model, prompt, [answer.token_ids]).item(), abs=1e-3)
     assert {name: (type(module), module) for name, module in model.named_modules()} == before
     assert [alone(model, prompt, stop_ids) for prompt in PROMPTS] == expected
     storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
@@ -47,12 +51,13 @@ def test_a_model_with_fused_mlps_and_one_that_serves_policies_answer_too(tiny_fo
     base = load_base(replace(settings, base=str(tiny_folders["llama"])))
     expected = [alone(base.model, prompt, [0]) for prompt in PROMPTS]
     fuse_mlps(base.model)
-    assert GreedyBatch.of(base.model, 100, settings.cache).answers(PROMPTS, TOKENS, frozenset({0})) == expected
+    answers = GreedyBatch.of(base.model, 100, settings.cache).answers(PROMPTS, TOKENS, frozenset({0}))
+    assert [answer.token_ids for answer in answers] == expected
     served = load_base(replace(settings, base=str(tiny_folders["llama"])))
     Policies(served, 2**20, settings.cache)
     batch = GreedyBatch.of(served.model, 100, settings.cache)
     assert batch._model is served.model
-    assert batch.answers(PROMPTS, TOKENS, frozenset({0})) == expected
+    assert [answer.token_ids for answer in batch.answers(PROMPTS, TOKENS, frozenset({0}))] == expected
 
 
 def test_what_it_cannot_take_is_left_to_generate(tiny_base, architecture, settings):

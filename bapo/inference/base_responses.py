@@ -17,11 +17,15 @@ BATCH = 16  # where `generate` answers
 
 @dataclass(frozen=True, slots=True)
 class BaseResponse:
-    """A greedy answer. `complete` is false where it was cut at the limit and so has no end-of-turn token."""
+    """A greedy answer. `complete` is false where it was cut at the limit and so has no end-of-turn token.
+
+    `logp` is its log-prob in nats, where that came with the answer.
+    """
 
     token_ids: list[int]
     text: str
     complete: bool
+    logp: float | None = None
 
 
 def base_responses(
@@ -48,7 +52,7 @@ def base_responses(
         batch = missing[start : start + size]
         if together:
             found = together.answers([ids[prompt] for prompt in batch], max_tokens, base.stop_ids)
-            answers = [_response(base, token_ids) for token_ids in found]
+            answers = [_response(base, answer.token_ids, answer.logp) for answer in found]
         else:
             answers = greedy_responses(base, batch, max_tokens)
         for prompt, response in zip(batch, answers, strict=True):
@@ -80,8 +84,8 @@ def greedy_responses(base: Base, prompts: Sequence[Prompt], max_tokens: int) -> 
     return [_response(base, row) for row in output[:, width:].tolist()]
 
 
-def _response(base: Base, token_ids: list[int]) -> BaseResponse:
+def _response(base: Base, token_ids: list[int], logp: float | None = None) -> BaseResponse:
     end = next((i for i, token in enumerate(token_ids) if token in base.stop_ids), None)
     if end is not None:
         token_ids = token_ids[: end + 1]
-    return BaseResponse(token_ids, base.tokenizer.decode(token_ids, skip_special_tokens=True), end is not None)
+    return BaseResponse(token_ids, base.tokenizer.decode(token_ids, skip_special_tokens=True), end is not None, logp)

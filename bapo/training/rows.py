@@ -49,6 +49,9 @@ def prepare_rows(
         cut += sum(len(response) > max_response_tokens for response in whole)
         responses = [*(response[:max_response_tokens] for response in whole), answers[prompt].token_ids]
         prompt_ids = base.encode_prompt(prompt)
+        own_key = [prompt_ids, answers[prompt].token_ids]
+        if answers[prompt].logp is not None and own_key not in known:
+            known[own_key] = answers[prompt].logp
         for text, response, logp in zip(
             [*texts, ""], responses, _known_logps(base, prompt_ids, responses, known), strict=True
         ):
