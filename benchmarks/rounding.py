@@ -30,7 +30,7 @@ def forced_logps(
 ) -> Tensor:
     """Log-probs (nats) of given tokens under each policy: [policies, tokens]."""
     rows = policies.gather(chosen)
-    logits, cache = policies.prefill(rows, len(chosen), prompt_ids)
+    logits, cache = policies.prefill(rows, len(chosen), prompt_ids, len(token_ids))
     logps = []
     for token in token_ids:
         logps.append(logits.log_softmax(-1)[:, token])

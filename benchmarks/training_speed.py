@@ -4,8 +4,9 @@
 
 FILE holds prompts with one response per domain (JSON lines: `prompt`, `responses`); a pair is the
 literary response against each other one. Every side takes the same prompts in turn, forwards,
-backwards and optimiser, so that whatever slows the machine slows all; medians are printed. TRL runs
-as installed, with reference log-probs precomputed, no anchor, and the batch size that is fastest
+backwards and optimiser, so that whatever slows the machine slows all. Printed are medians over the
+rounds, of each side's speed and of the ratios; prompts differ in length, so a ratio is one round's. TRL
+runs as installed, with reference log-probs precomputed, no anchor, and the batch size that is fastest
 for it. Peak memory is that of a process which runs one side alone.
 """
 
@@ -42,7 +43,7 @@ from bapo.training.trainer import BAPOTrainer
 from benchmarks.preparation import spread
 
 PROMPTS_A_STEP = 2
-ROUNDS = 3
+ROUNDS = 5
 BATCH_SIZES = (8, 4, 2, 1)  # of TRL, to choose from; the first is also its warm-up
 
 
@@ -198,6 +199,8 @@ def report(file: Path) -> None:
         trl.trainer.args.per_device_train_batch_size = best
         data = iter(list(trl.trainer.train_dataset))
         sides["trl"] = Side(trl.trainer, [[next(data) for _ in step] for step in steps], trl.tokens)
+        for name in ("plain", "packed"):  # TRL is warm by now
+            sides[name].take(0)
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         rates, used = [], []
         for step in range(len(steps)):
@@ -218,8 +221,10 @@ def report(file: Path) -> None:
     for name, title in titles.items():
         shown = f"{memory[name]:7.0f} MB peak" if name in memory else ""
         print(f"{title:36} {speed[name]:6.3f} pairs/s  {tokens[name]:7} tokens computed  {shown}")
-    print(f"packed / trl                         {speed['packed'] / speed['trl']:6.2f} ×")
-    print(f"packed / padded triples              {speed['packed'] / speed['plain']:6.2f} ×")
+    for name, title in (("trl", "trl"), ("plain", "padded triples")):
+        ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds["packed"], strict=True)]
+        shown = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        print(f"{f'packed / {title}':36} {statistics.median(ratios):6.2f} ×  rounds: {shown}")
     print(f"peak memory, packed / trl            {memory['packed'] / memory['trl']:6.2f} ×")
     share = statistics.median(u / r for u, r in zip(used, rates, strict=True))
     print(f"model FLOPs used, packed             {share:6.0%} of {statistics.median(rates):.0f} GFLOP/s")

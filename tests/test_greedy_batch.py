@@ -60,6 +60,17 @@ def test_a_model_with_fused_mlps_and_one_that_serves_policies_answer_too(tiny_fo
     assert [answer.token_ids for answer in batch.answers(PROMPTS, TOKENS, frozenset({0}))] == expected
 
 
+def test_as_many_rows_as_the_cache_has_room_for(llama_base, settings, monkeypatch):
+    batch = GreedyBatch.of(llama_base.model, 100, settings.cache)
+    assert batch._step.cache_bytes == 2 * 2 * 16 * 4, "layers × (keys and values) × their width × 4 bytes"
+    lengths = [10, 10, 20, 30]
+    assert batch.fitting(lengths, 40) == 4 and batch.fitting([10] * 50, 40) == 32
+    # Rows are padded to the longest: two take 2 × 50 positions, three 3 × 60, four 4 × 70.
+    for positions, rows in ((279, 3), (180, 3), (179, 2), (49, 1)):
+        monkeypatch.setattr("bapo.inference.greedy_batch.CACHE_BYTES", positions * 256)
+        assert batch.fitting(lengths, 40) == rows
+
+
 def test_what_it_cannot_take_is_left_to_generate(tiny_base, architecture, settings):
     model = tiny_base.model
     assert (GreedyBatch.of(model, 257, settings.cache) is None) == (architecture == "phi3"), "longrope switches at 256"

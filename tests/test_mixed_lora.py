@@ -77,7 +77,7 @@ def test_rows_equal_plain_peft_through_prefill_decoding_and_leaving(
     rows = policies.gather([name and store.named(name) for name in names])
     staying = [0, 1, 2, 3, 4, 5]
     sequences = [list(PROMPT) for _ in names]
-    cache = roomy_cache(base.model)
+    cache = roomy_cache(base.model, 20)
     with torch.inference_mode():
         found = [policies.forward(rows, input_ids=torch.tensor(sequences), past_key_values=cache).logits]
         for step, tokens in enumerate(STEPS):
@@ -109,7 +109,7 @@ def test_the_layers_in_one_call_equal_the_layers_one_by_one(tiny_engine, setting
         if not one_call:
             monkeypatch.setattr(policies._step, "_in_one_pass", lambda rows, exact: None)
         with torch.inference_mode():
-            _, cache = policies.prefill(rows, 5, PROMPT)
+            _, cache = policies.prefill(rows, 5, PROMPT, 10)
             assert (policies._step._in_one_pass(5, False) is not None) == one_call
             steps = [policies.step(rows, False, tokens + step, cache) for step in range(4)]
         found.append(torch.stack(steps))
@@ -130,7 +130,7 @@ def test_rows_that_follow_are_computed_once_before_the_first_adapted_layer(tiny_
     for given in (leaders, [0, 1, 2, 3, 4]):
         fed = torch.tensor([[7, 8, 9, 10, 11], [30, 20, 10, 5, 4], [1, 2, 3, 4, 5]])[:, leaders or [0, 1, 2, 3, 4]]
         with torch.inference_mode():
-            _, cache = policies.prefill(rows, 5, PROMPT)
+            _, cache = policies.prefill(rows, 5, PROMPT, 10)
             logits = [policies.step(rows, True, tokens, cache, given) for tokens in fed]
             staying = [0, 1, 3]  # and now nobody says who follows whom: the cache must be whole
             cache.batch_select_indices(torch.tensor(staying))
@@ -146,7 +146,7 @@ def test_the_longest_context(tiny_engine, tiny_folders, architecture, settings):
     longest = base.model.config.max_position_embeddings
     ids = [(7 * i) % 97 for i in range(longest)]
     policies = Policies(base, 2**20, settings.cache, exact=True)
-    cache = roomy_cache(base.model)
+    cache = roomy_cache(base.model, longest)
     with torch.inference_mode():
         rows = policies.gather([tiny_engine.store.named("P2A-dpo")])
         policies.forward(rows, input_ids=torch.tensor([ids[:-2]]), past_key_values=cache)

@@ -8,7 +8,7 @@ import torch
 
 from bapo.disk_cache import DiskCache
 from bapo.inference.base import Base
-from bapo.inference.greedy_batch import ROWS, GreedyBatch
+from bapo.inference.greedy_batch import GreedyBatch
 from bapo.pair_layouts import Prompt
 
 MAX_TOKENS = 128  # a small base may never end its answer; what it says later says little more
@@ -45,11 +45,12 @@ def base_responses(
     keys = {prompt: [prompt, max_tokens] for prompt in prompts}
     ids = {prompt: base.encode_prompt(prompt) for prompt, key in keys.items() if key not in known}
     missing = sorted(ids, key=lambda prompt: len(ids[prompt]))  # alike lengths share a batch: little is padded
-    progress(len(keys) - len(missing), len(keys))
+    done = len(keys) - len(missing)
+    progress(done, len(keys))
     together = GreedyBatch.of(base.model, len(ids[missing[-1]]) + max_tokens, cache) if missing else None
-    size = ROWS if together else BATCH
-    for start in range(0, len(missing), size):
-        batch = missing[start : start + size]
+    while missing:
+        size = together.fitting([len(ids[prompt]) for prompt in missing], max_tokens) if together else BATCH
+        batch, missing = missing[:size], missing[size:]
         if together:
             found = together.answers([ids[prompt] for prompt in batch], max_tokens, base.stop_ids)
             answers = [_response(base, answer.token_ids, answer.logp) for answer in found]
@@ -57,7 +58,8 @@ def base_responses(
             answers = greedy_responses(base, batch, max_tokens)
         for prompt, response in zip(batch, answers, strict=True):
             known[keys[prompt]] = asdict(response)
-        progress(len(keys) - len(missing) + start + len(batch), len(keys))
+        done += len(batch)
+        progress(done, len(keys))
     return {prompt: BaseResponse(**known[key]) for prompt, key in keys.items()}
 
 

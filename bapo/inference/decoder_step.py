@@ -124,6 +124,13 @@ class DecoderStep:
             )  # fmt: skip
         return self._head.joined(self._norm(x))
 
+    @property
+    def cache_bytes(self) -> int:
+        """What one position of one row takes in the cache."""
+        first = self._layers[0]
+        keys_and_values = first.query_key_value.out_features - first.out.in_features
+        return len(self._layers) * keys_and_values * torch.float32.itemsize
+
     def takes(self, cache: Cache) -> bool:
         """Whether every layer attends to all that came before."""
         return all(isinstance(layer, RoomyLayer) for layer in cache.layers)

@@ -66,7 +66,7 @@ def decode(
     """
     generator = torch.Generator(policies.base.model.device).manual_seed(sampling.seed)
     live = list(range(len(rows)))
-    weights, logits, cache = _prefill(policies, prompt_ids, rows)
+    weights, logits, cache = _prefill(policies, prompt_ids, rows, sampling.max_new_tokens)
     for step in range(sampling.max_new_tokens):
         noise = _gumbel(logits.shape[-1], generator) if sampling.temperature > 0 else None
         own = _choose(logits, sampling, noise).tolist()
@@ -91,14 +91,16 @@ def decode(
         logits = _wide(policies.step(weights, exact, index.squeeze(1), cache, leaders))
 
 
-def _prefill(policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row]) -> tuple[RowWeights, Tensor, Cache]:
+def _prefill(
+    policies: Policies, prompt_ids: Sequence[int], rows: Sequence[Row], new: int
+) -> tuple[RowWeights, Tensor, Cache]:
     """Every row's matrices, logits of its first token, [rows, vocabulary], and cache."""
     distinct: list[Policy] = []
     for row in rows:
         if row.policy not in distinct:
             distinct.append(row.policy)
     weights = policies.gather(distinct)
-    logits, cache = policies.prefill(weights, len(distinct), prompt_ids)
+    logits, cache = policies.prefill(weights, len(distinct), prompt_ids, new)
     origin = [distinct.index(row.policy) for row in rows]
     cache.batch_select_indices(torch.tensor(origin, device=logits.device))
     return weights.select(origin), _wide(logits)[origin], cache

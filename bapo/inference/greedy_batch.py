@@ -19,7 +19,8 @@ from bapo.inference.products import choose_ways
 from bapo.inference.roomy_cache import roomy_cache
 from bapo.inference.tree_attention import limits_of
 
-ROWS = 32  # answered together: twice as many as 16 for a third more time, and their cache is half a gigabyte
+ROWS = 32  # answered together: twice as many as 16 for a third more time
+CACHE_BYTES = 2**30  # that their keys and values may take
 
 
 @dataclass(slots=True)
@@ -52,7 +53,13 @@ class GreedyBatch:
             compile_kernels()
         own = model if served else cls._twins[model]
         step = DecoderStep.of(own)
-        return cls(own, step) if step and step.takes(roomy_cache(own)) else None
+        return cls(own, step) if step and step.takes(roomy_cache(own, positions)) else None
+
+    def fitting(self, lengths: Sequence[int], max_tokens: int) -> int:
+        """How many of the prompts, the shortest first, are answered together: one at least."""
+        most = CACHE_BYTES // self._step.cache_bytes
+        fits = (rows * (length + max_tokens) <= most for rows, length in enumerate(lengths[:ROWS], start=1))
+        return max(1, sum(fits))
 
     @torch.inference_mode()
     def answers(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: frozenset[int]) -> list[Answer]:
@@ -61,7 +68,7 @@ class GreedyBatch:
         padding = torch.tensor([width - len(ids) for ids in prompts])
         input_ids = torch.tensor([[0] * (width - len(ids)) + list(ids) for ids in prompts])
         places = torch.arange(width) - padding[:, None]
-        cache = roomy_cache(self._model)
+        cache = roomy_cache(self._model, width + max_tokens)
         logits = self._model(
             input_ids=input_ids,
             attention_mask=(places >= 0).long(),

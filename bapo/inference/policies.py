@@ -14,6 +14,7 @@ from bapo.adapters import Adapter, Mix
 from bapo.errors import BapoError
 from bapo.inference.base import Base
 from bapo.inference.decoder_step import DecoderStep
+from bapo.inference.graph_step import GraphStep
 from bapo.inference.kernels import compile_kernels
 from bapo.inference.lora_weights import LoraWeights, read_lora
 from bapo.inference.mixed_lora import MixedModel, RowWeights
@@ -39,8 +40,8 @@ class Policies:
         products = self._model.products
         rounded = 2 * sum(product.weight.numel() for product in products)
         choose_ways(products, cache, compact=not exact and 2 * rounded < psutil.virtual_memory().available)
-        self._step = DecoderStep.of(base.model)
-        if self._step:
+        self._step = DecoderStep.of(base.model) or GraphStep.of(base.model)
+        if isinstance(self._step, DecoderStep):
             compile_kernels()
         self.compact = any(product.is_compact for product in products)
 
@@ -88,12 +89,13 @@ class Policies:
                 return self._step(token_ids, cache, rows, exact, leaders)
         return self.forward(rows, exact, input_ids=token_ids[:, None], past_key_values=cache).logits[:, -1]
 
-    def prefill(self, rows: RowWeights, count: int, prompt_ids: Sequence[int]) -> tuple[Tensor, Cache]:
-        """Run a prompt under `count` gathered policies: logits of the next token, [count, vocabulary], and the cache.
+    def prefill(self, rows: RowWeights, count: int, prompt_ids: Sequence[int], new: int) -> tuple[Tensor, Cache]:
+        """Run a prompt under `count` gathered policies: logits of the next token, [count, vocabulary], and the cache,
+        which will take at most so many `new` tokens.
 
         The layers before the first adapted one are run once: there all rows are the base's.
         """
-        cache = roomy_cache(self.base.model)
+        cache = roomy_cache(self.base.model, len(prompt_ids) + new)
         shared = self._model.first_adapted(rows) if count > 1 else 0
         copies = self._model.one_row_until(shared, count) if shared else nullcontext()
         prompt = torch.tensor([prompt_ids] * (1 if shared else count), device=self.base.model.device)

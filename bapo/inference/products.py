@@ -23,7 +23,7 @@ from bapo.disk_cache import DiskCache
 from bapo.inference.kernels import SHARES, multiply
 
 FEW, MANY = 8, 256
-TIMED_ROWS = (1, 2, 3, 5, 8, 16, 32, 64, 128, 256)
+TIMED_FEW, TIMED_MANY = (1, 2, 3, 5, FEW), (16, 32, 64, 128, MANY)
 REPEATS = 3
 SAMPLE = (
     3  # of the products of one shape are timed at more than `FEW` rows, where the weight's way to the core matters less
@@ -159,13 +159,11 @@ def choose_ways(products: Sequence[Product], cache: Path, compact: bool) -> None
         if compact:
             for product in alike:
                 product.make_compact()
+        key = ["ways", *machine, torch.get_num_threads(), *shape, len(alike)]
+        many = _choices(known, key, alike[:SAMPLE], TIMED_MANY, MANY_ROWS_WAYS)
         for exact in (True, False) if compact else (True,):
-            key = ["ways", *machine, torch.get_num_threads(), *shape, len(alike), exact, TIMED_ROWS]
-            if key not in known:
-                few = EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT)
-                plans = {rows: (alike, few) if rows <= FEW else (alike[:SAMPLE], MANY_ROWS_WAYS) for rows in TIMED_ROWS}
-                known[key] = {str(rows): _fastest(timed, rows, ways) for rows, (timed, ways) in plans.items()}
-            chosen = [known[key][str(next(timed for timed in TIMED_ROWS if timed >= rows))] for rows in range(MANY + 1)]
+            few = _choices(known, key, alike, TIMED_FEW, EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT))
+            chosen = few + many[FEW + 1 :]
             for product in alike:
                 product.ways = chosen
                 if exact:
@@ -173,6 +171,16 @@ def choose_ways(products: Sequence[Product], cache: Path, compact: bool) -> None
         if compact and not alike[0].is_compact:
             for product in alike:
                 product.drop_compact()
+
+
+def _choices(
+    known: DiskCache, key: list, products: Sequence[Product], timed: Sequence[int], ways: Sequence[str]
+) -> list[str]:
+    """The fastest way by number of rows, up to the largest that is timed; from the disk where it was timed before."""
+    key = [*key, timed, ways]
+    if key not in known:
+        known[key] = {str(rows): _fastest(products, rows, ways) for rows in timed}
+    return [known[key][str(next(most for most in timed if most >= rows))] for rows in range(timed[-1] + 1)]
 
 
 def _fastest(products: Sequence[Product], rows: int, ways: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ implementation, `NAME`; a call without a tree is the library's SDPA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -105,15 +106,23 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) ->
     rows, heads, span, seen = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
     # Query heads that share a key head stand below each other, so that the keys need not be repeated.
     shared = heads // key.shape[1]
-    visible = torch.ones(span, seen, dtype=torch.bool, device=query.device).tril(seen - span)
     output = F.scaled_dot_product_attention(
         query.reshape(rows, key.shape[1], shared * span, -1),
         key,
         value,
-        attn_mask=visible.repeat(shared, 1),
+        attn_mask=_mask(span, seen, shared, query.dtype, query.device),
         scale=scaling,
     )
     return output.reshape(rows, heads, span, -1).transpose(1, 2)
+
+
+@lru_cache(maxsize=24)  # about what one sequence has branches: its layers share the masks
+def _mask(span: int, seen: int, copies: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of the last `span` of `seen` positions: 0 up to its own, −∞ behind; so many below
+    each other, [copies · span, seen]."""
+    with torch.inference_mode(False):  # scoring may come first, and training then keep it for the way back
+        future = torch.full((span, seen), -torch.inf, dtype=dtype, device=device).triu(seen - span + 1)
+        return future.repeat(copies, 1)
 
 
 def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
