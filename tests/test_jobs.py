@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -369,18 +368,19 @@ def test_readers_and_writers_do_not_lock_each_other_out(jobs):
     assert len(jobs.curves(ANN, job.id).metrics["bapo"]["training"]) == 160
 
 
-def test_the_terminal_submits_watches_and_works_the_queue(jobs, tiny_settings, tmp_path):
+def test_the_terminal_submits_watches_and_works_the_queue(jobs, tiny_settings, tmp_path, monkeypatch, capsys):
+    from bapo.cli import main
     from bapo.pairs import write_pairs
 
     write_pairs(PAIRS, tmp_path / "pairs.jsonl")
-    environment = {**os.environ, **tiny_settings.as_environment()}
+    for name, value in tiny_settings.as_environment().items():
+        monkeypatch.setenv(name, value)
 
-    def bapo(*arguments, status=0):
-        done = subprocess.run(
-            [sys.executable, "-m", "bapo", *arguments], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == status, done.stderr
-        return done.stdout
+    def bapo(*arguments):
+        status = main(list(arguments))
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return printed.out
 
     assert "is queued, place 1" in bapo(
         "jobs", "submit", str(tmp_path / "pairs.jsonl"), "--name", "mine", "--epochs", "1"
