@@ -105,7 +105,7 @@ def test_a_graph_is_for_cuda_alone(tiny_base):
     assert GraphStep.of(tiny_base.model) is None
 
 
-def test_a_sliding_window_that_the_answer_stays_within_is_none(settings, tmp_path):
+def test_a_sliding_window_that_the_answer_stays_within_is_none(settings, tmp_path, monkeypatch):
     tokenizer = byte_tokenizer("phi3")
     model = tiny_model("phi3", tokenizer, longrope=False)
     model.config.sliding_window = 48
@@ -115,11 +115,8 @@ def test_a_sliding_window_that_the_answer_stays_within_is_none(settings, tmp_pat
     store = AdapterStore(settings.adapters, base.name, base.fingerprint)
     make_adapter(base, store, "mine", "dpo", 1)
     policies = Policies(base, 2**20, settings.cache, exact=True)
-    prompt, stepped = list(range(20, 40)), []
-    step = policies._step.__call__
-    policies._step = type("Counting", (DecoderStep,), {"__call__": lambda self, *a: stepped.append(1) or step(*a)})(
-        base.model
-    )
+    prompt, stepped, step = list(range(20, 40)), [], DecoderStep.__call__
+    monkeypatch.setattr(DecoderStep, "__call__", lambda self, *inputs: stepped.append(1) or step(self, *inputs))
     base.stop_ids = frozenset()
     for new, ours in ((28, True), (29, False)):
         stepped.clear()

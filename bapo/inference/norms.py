@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bapo.inference.kernels import normalise
-from bapo.inference.products import MANY
+from bapo.inference.products import FEW
 
 # Class name → what is added to the stored weight. All compute x ÷ √(mean x² + ε) × weight.
 OFFSETS = {"LlamaRMSNorm": 0, "Phi3RMSNorm": 0, "MistralRMSNorm": 0, "Qwen2RMSNorm": 0, "GemmaRMSNorm": 1}
@@ -25,7 +25,7 @@ class FusedNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         width = x.shape[-1]
-        if x.numel() > MANY * width:
+        if x.numel() > FEW * width:
             return F.rms_norm(x, (width,), self._factor, self.epsilon)
         out = torch.empty(x.shape)
         normalise(x.reshape(-1, width).contiguous().numpy(), self.array, self.epsilon, out.view(-1, width).numpy())

@@ -25,9 +25,7 @@ from bapo.inference.kernels import SHARES, multiply
 FEW, MANY = 8, 256
 TIMED_FEW, TIMED_MANY = (1, 2, 3, 5, FEW), (16, 32, 64, 128, MANY)
 REPEATS = 3
-SAMPLE = (
-    3  # of the products of one shape are timed at more than `FEW` rows, where the weight's way to the core matters less
-)
+SAMPLE = 3  # products of a shape that are timed at more than `FEW` rows: there reading the weights matters less
 SMALL = 2**18  # weights of one shape below which no way takes time worth a choice
 LARGEST = 2**15 - 1
 
