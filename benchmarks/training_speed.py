@@ -35,7 +35,7 @@ from bapo.inference.base import EMBEDDED, Base, load_base
 from bapo.inference.prefix_tree import PromptTree, pad_trees
 from bapo.pairs import Pair
 from bapo.settings import Settings
-from bapo.training.fused_mlp import fuse_mlps
+from bapo.training.fused_layer import fuse_layers
 from bapo.training.lora_linear import FusedLoraLinear
 from bapo.training.packing import ROLES, computed_tokens, predicted_tokens
 from bapo.training.rows import prepare_rows
@@ -126,7 +126,7 @@ def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
     steps_rows = [[next(rows) for _ in step] for step in steps]
     batch_size = len(steps[0]) if packed else 2
     if packed:
-        fuse_mlps(base.model)
+        fuse_layers(base.model)
     trainer = BAPOTrainer(
         base.model, method="bapo", lambda_=5.0, args=arguments(folder, batch_size), processing_class=base.tokenizer,
         train_dataset=Dataset.from_list(steps_rows[0]), peft_config=lora(fused=packed),

@@ -10,7 +10,7 @@ from bapo.inference.base import load_base
 from bapo.inference.greedy_batch import GreedyBatch
 from bapo.inference.policies import Policies
 from bapo.inference.products import MANY, ONE_PASS, TRANSPOSED
-from bapo.training.fused_mlp import fuse_mlps
+from bapo.training.fused_layer import fuse_layers
 from tests.tiny import logps_apart
 
 PROMPTS = [[5, 17, 3], [80, 41, 9, 2, 6, 33, 90], [7], [60, 61, 62, 63, 64], [11, 12], [40] * 30]
@@ -47,10 +47,10 @@ def test_answers_are_those_of_generate_and_the_model_stays_as_it_was(tiny_base, 
     assert {weight.untyped_storage().data_ptr() for weight in batch._model.parameters()} == storages, "no weight twice"
 
 
-def test_a_model_with_fused_mlps_and_one_that_serves_policies_answer_too(tiny_folders, settings):
+def test_a_model_with_fused_layers_and_one_that_serves_policies_answer_too(tiny_folders, settings):
     base = load_base(replace(settings, base=str(tiny_folders["llama"])))
     expected = [alone(base.model, prompt, [0]) for prompt in PROMPTS]
-    fuse_mlps(base.model)
+    fuse_layers(base.model)
     answers = GreedyBatch.of(base.model, 100, settings.cache).answers(PROMPTS, TOKENS, frozenset({0}))
     assert [answer.token_ids for answer in answers] == expected
     served = load_base(replace(settings, base=str(tiny_folders["llama"])))

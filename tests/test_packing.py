@@ -14,9 +14,9 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 from bapo.inference.base import load_base
 from bapo.inference.prefix_tree import PromptTree, pack_trees
 from bapo.inference.scoring import branch_logps, response_logps
-from bapo.inference.token_logps import CHUNK, token_logps
+from bapo.inference.token_logps import BLOCK, token_logps
 from bapo.inference.tree_attention import Limits, block_mask, limits_of
-from bapo.training.fused_mlp import fuse_mlps
+from bapo.training.fused_layer import fuse_layers
 from bapo.training.lora_linear import FusedLoraLinear
 from bapo.training.objectives import Logps, bapo
 from bapo.training.packing import ROLES, PairCollator, computed_tokens
@@ -43,7 +43,7 @@ def policy_of(base, seed=3):
     """The base under a LoRA adapter far from its start, where the policy is the base and nothing can go wrong."""
     lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     lora._register_custom_module({nn.Linear: FusedLoraLinear})
-    fuse_mlps(base.model)
+    fuse_layers(base.model)
     policy = get_peft_model(base.model, lora)
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(policy.named_parameters()):
@@ -196,16 +196,19 @@ def test_packing_saves_what_pairs_share():
 
 def test_token_logps_and_their_gradient_against_the_whole_softmax():
     torch.manual_seed(0)
-    head = nn.Linear(6, 40, bias=True).double().requires_grad_(False)
-    hidden = torch.randn(CHUNK + 5, 6, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(0, 40, (CHUNK + 5,))
-    upstream = torch.randn(CHUNK + 5, dtype=torch.float64)
+    words = 2 * BLOCK + 5
+    head = nn.Linear(6, words, bias=True).double().requires_grad_(False)
+    hidden = 30 * torch.randn(9, 6, dtype=torch.float64)  # far apart: the largest logits outweigh all before them
+    hidden.requires_grad_()
+    labels = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, words - 1, 77])
+    assert len((head(hidden).argmax(1) // BLOCK).unique()) >= 2, "largest logits in several blocks"
+    upstream = torch.randn(9, dtype=torch.float64)
     whole = head(hidden).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     (expected,) = torch.autograd.grad(whole @ upstream, hidden)
-    chunked = token_logps(hidden, head, labels)
-    (gradient,) = torch.autograd.grad(chunked @ upstream, hidden)
-    torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    blockwise = token_logps(hidden, head, labels)
+    (gradient,) = torch.autograd.grad(blockwise @ upstream, hidden)
+    torch.testing.assert_close(blockwise, whole, rtol=0, atol=1e-11)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-11)
     with pytest.raises(ValueError, match="is trained"):
         token_logps(hidden, head.requires_grad_(True), labels)
 

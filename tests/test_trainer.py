@@ -181,7 +181,7 @@ def train_tiny(tiny_folders, settings, pairs_file, tell=None, **plan):
 
 
 def test_a_run_installs_an_adapter_that_stock_peft_loads(tiny_folders, settings, pairs_file):
-    folder, store, heard = train_tiny(tiny_folders, settings, pairs_file)
+    folder, store, heard = train_tiny(tiny_folders, settings, pairs_file, epochs=6)
     assert folder == settings.adapters / "tiny-llama" / "mine-bapo"
     assert [adapter.name for adapter in store.adapters()] == ["mine-bapo"]
     assert not list(folder.parent.glob(".*")), "no half-made folder is left"
@@ -196,8 +196,8 @@ def test_a_run_installs_an_adapter_that_stock_peft_loads(tiny_folders, settings,
     phases = ["base responses", "reference", "training", "evaluating", "installing"]
     assert list(dict.fromkeys(p.phase for p in heard)) == phases
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(steps) == 3
-    assert steps[-1]["loss/preference"] < steps[0]["loss/preference"]
+    assert len(steps) == 6
+    assert steps[-1]["loss/preference"] < steps[0]["loss/preference"] - 0.1
 
     # The card's figures are those of the adapter as stock PEFT loads it.
     base = load_base(replace(settings, base=str(tiny_folders["llama"])))

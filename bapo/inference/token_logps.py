@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-CHUNK = 512  # positions projected at a time: enough for a fast matrix product, few enough to stay in memory's reach
+BLOCK = 4096  # words of the vocabulary at a time: enough for a fast product, few enough for their logits to stay near
 
 
 def token_logps(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
@@ -19,33 +19,37 @@ def token_logps(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
 class _TokenLogps(torch.autograd.Function):
     """∂ log p(label) / ∂h = W[label] − softmax(h Wᵀ) W needs no upstream gradient, so it is taken on the way forward.
 
-    The logits of a chunk serve both and are dropped; all logits of a batch would take gigabytes, and
-    backward would compute or read them again.
+    Both go over the vocabulary once, block by block, and what was summed is scaled down whenever a block has a
+    larger logit than all before: all logits of a batch would take gigabytes, and read W twice.
     """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
-        # One buffer for every chunk: the system would hand out, and clear, as many pages again for each.
-        buffer = weight.new_empty(min(CHUNK, len(hidden)), len(weight))
-        for start in range(0, len(hidden), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            label = labels[chunk, None]
-            logits = torch.mm(hidden[chunk].to(weight.dtype), weight.T, out=buffer[: len(label)])
+        states = hidden.to(weight.dtype)
+        chosen, total = states.new_zeros((2, len(states), 1), dtype=wide)
+        largest = torch.full_like(total, -torch.inf)
+        mean = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
+        # One buffer for every block: the system would hand out, and clear, as many pages again for each.
+        buffer = states.new_empty(len(states) * BLOCK)
+        for start in range(0, len(weight), BLOCK):
+            words = weight[start : start + BLOCK]
+            logits = torch.mm(states, words.T, out=buffer[: len(states) * len(words)].view(len(states), -1))
             if bias is not None:
-                logits += bias
+                logits += bias[start : start + BLOCK]
             logits = logits.to(wide)
-            chosen, largest = logits.gather(1, label), logits.amax(1, keepdim=True)
+            place = labels[:, None] - start
+            here = (place >= 0) & (place < len(words))
+            chosen = torch.where(here, logits.gather(1, place.clamp(0, len(words) - 1)), chosen)
+            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+            decay = (before - largest).exp_()
             weights = logits.sub_(largest).exp_()
-            total = weights.sum(1, keepdim=True)
-            logps[chunk] = (chosen - largest - total.log()).squeeze(1)
-            if gradient is not None:
-                mean = (weights.to(weight.dtype) @ weight).to(wide) / total
-                gradient[chunk] = (weight[label.squeeze(1)] - mean).to(gradient.dtype)
-        ctx.save_for_backward(gradient)
-        return logps
+            total.mul_(decay).add_(weights.sum(1, keepdim=True))
+            if mean is not None:
+                mean.mul_(decay).add_(weights.to(weight.dtype) @ words)
+        if mean is not None:
+            ctx.save_for_backward((weight[labels] - mean.div_(total)).to(hidden.dtype))
+        return (chosen - largest - total.log()).squeeze(1)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):

@@ -5,7 +5,7 @@ alone, not its length squared. Models reach it through their configuration's att
 implementation, `NAME`; a call without a tree is the library's SDPA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -21,6 +21,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from bapo.inference.prefix_tree import PREFIX, PromptTree
 
 NAME = "prefix_tree"
+# What F.scaled_dot_product_attention calls on a CPU; its way back is part of autograd alone.
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,34 +89,74 @@ def tree_attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
-    lengths = [length for group in tree for length in group]
-    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    outputs = []
-    for group in tree:
-        prefix_query, prefix_key, prefix_value = next(parts)
-        if group[0]:
-            outputs.append(_attend(prefix_query, prefix_key, prefix_value, scaling))
-        for _ in group[1:]:
-            branch_query, branch_key, branch_value = next(parts)
-            keys = torch.cat([prefix_key, branch_key], 2)
-            values = torch.cat([prefix_value, branch_value], 2)
-            outputs.append(_attend(branch_query, keys, values, scaling))
-    return torch.cat(outputs, 1), None
+    if query.device.type == "cpu":
+        return _TreeAttention.apply(query, key, value, scaling, tree), None
+    output = torch.empty_like(query.transpose(1, 2))
+    for prefix, own in _segments(tree):
+        part, keys, values, mask = _inputs(query, key, value, prefix, own)
+        attended = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=scaling)
+        output[:, own] = attended.reshape(query[:, :, own].shape).transpose(1, 2)
+    return output, None
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """Causal attention of the last Q of K positions; query [rows, heads, Q, width] → [rows, Q, heads, width]."""
-    rows, heads, span, seen = query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-    # Query heads that share a key head stand below each other, so that the keys need not be repeated.
-    shared = heads // key.shape[1]
-    output = F.scaled_dot_product_attention(
-        query.reshape(rows, key.shape[1], shared * span, -1),
-        key,
-        value,
-        attn_mask=_mask(span, seen, shared, query.dtype, query.device),
-        scale=scaling,
-    )
-    return output.reshape(rows, heads, span, -1).transpose(1, 2)
+class _TreeAttention(torch.autograd.Function):
+    """The same on the CPU: autograd would keep a prefix's keys and values with every branch, and the output twice."""
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree) -> Tensor:
+        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
+        sums = []
+        for prefix, own in _segments(tree):
+            part, keys, values, mask = _inputs(query, key, value, prefix, own)
+            attended, logsumexp = CPU_ATTENTION(part, keys, values, attn_mask=mask, scale=scaling)
+            output[:, own] = attended.reshape(query[:, :, own].shape).transpose(1, 2)
+            sums.append(logsumexp)
+        ctx.save_for_backward(query, key, value, output, *sums)
+        ctx.scaling, ctx.tree = scaling, tree
+        return output
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        query, key, value, output, *sums = ctx.saved_tensors
+        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (prefix, own), logsumexp in zip(_segments(ctx.tree), sums, strict=True):
+            part, keys, values, mask = _inputs(query, key, value, prefix, own)
+            above, attended = (_below(states.transpose(1, 2)[:, :, own], key.shape[1]) for states in (upstream, output))
+            of_part, of_keys, of_values = CPU_ATTENTION_BACKWARD(
+                above, part, keys, values, attended, logsumexp, 0.0, False, attn_mask=mask, scale=ctx.scaling
+            )
+            to_query[:, :, own] = of_part.reshape(query[:, :, own].shape)
+            seen = prefix.stop - prefix.start
+            for whole, one in ((to_key, of_keys), (to_value, of_values)):
+                whole[:, :, prefix] += one[:, :, :seen]
+                whole[:, :, own] += one[:, :, seen:]
+        return to_query, to_key, to_value, None, None
+
+
+def _segments(tree: Sequence[Sequence[int]]) -> Iterator[tuple[slice, slice]]:
+    """(prefix, own) of every prefix, before which nothing stands, and of every branch, as places in the sequence."""
+    start = 0
+    for length, *branches in tree:
+        prefix = slice(start, start + length)
+        if length:
+            yield slice(start, start), prefix
+        start = prefix.stop
+        for branch in branches:
+            yield prefix, slice(start, start + branch)
+            start += branch
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, prefix: slice, own: slice) -> tuple[Tensor, ...]:
+    """Queries of `own`, keys and values of `prefix` and `own`, and the mask between them, as SDPA takes them."""
+    keys, values = (torch.cat([states[:, :, prefix], states[:, :, own]], 2) for states in (key, value))
+    copies = query.shape[1] // key.shape[1]
+    mask = _mask(own.stop - own.start, keys.shape[2], copies, query.dtype, query.device)
+    return _below(query[:, :, own], key.shape[1]), keys, values, mask
+
+
+def _below(states: Tensor, key_heads: int) -> Tensor:
+    """Query heads that share a key head below each other, so that the keys need not be repeated."""
+    return states.reshape(states.shape[0], key_heads, -1, states.shape[3])
 
 
 @lru_cache(maxsize=24)  # about what one sequence has branches: its layers share the masks

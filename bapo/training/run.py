@@ -29,7 +29,7 @@ from bapo.inference.scoring import response_logps
 from bapo.pairs import hash_of
 from bapo.settings import Settings
 from bapo.training.checkpoints import SealedCheckpoints, last_sealed_checkpoint
-from bapo.training.fused_mlp import fuse_mlps
+from bapo.training.fused_layer import fuse_layers
 from bapo.training.lora_linear import FusedLoraLinear
 from bapo.training.observation import Observation, Observing
 from bapo.training.plan import TrainingPlan
@@ -184,7 +184,7 @@ def _train(
     )
     if base.numerics != "nf4":
         lora._register_custom_module({nn.Linear: FusedLoraLinear})
-        fuse_mlps(base.model)
+        fuse_layers(base.model)
     trainer = BAPOTrainer(
         base.model,
         method=plan.method,

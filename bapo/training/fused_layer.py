@@ -1,0 +1,186 @@
+"""Llama's decoder layer under LoRA in few functions of its own: the same numbers, fewer tensors kept, fewer passes."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, eager_attention_forward
+
+from bapo.training.lora_linear import FusedLoraLinear
+
+
+class FusedLayer(LlamaDecoderLayer):
+    """Whatever of the layer is not `FusedLoraLinear` sends it the library's way.
+
+    For the way back autograd would also keep what the norms give, silu(gate) and its product with up, all of which
+    follow from the layer's input, gate and up; and it would add up gradients in passes of their own.
+    """
+
+    def forward(self, hidden_states: Tensor, attention_mask=None, **kwargs) -> Tensor:
+        attention, mlp = self.self_attn, self.mlp
+        inputs = _factors(hidden_states, attention.q_proj, attention.k_proj, attention.v_proj)
+        inside = _factors(hidden_states, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if inputs is None or inside is None or kwargs.get("past_key_values") is not None:
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        rows, length, _ = hidden_states.shape
+        x = hidden_states.flatten(0, 1)
+        cos, sin = (part.expand(rows, -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
+        norm = self.input_layernorm
+        states = _QueryKeyValue.apply(x, norm.weight, norm.variance_epsilon, cos, sin, *inputs)
+        query, key, value = (part.view(rows, length, -1, attention.head_dim).transpose(1, 2) for part in states)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        attended, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
+        x = x + attention.o_proj(attended.reshape(rows * length, -1))
+        norm = self.post_attention_layernorm
+        return _GatedMlp.apply(x, norm.weight, norm.variance_epsilon, *inside).view_as(hidden_states)
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Make Llama's layers fused ones in place. To be called before the model gets its adapter."""
+    for layer in getattr(model.get_decoder(), "layers", ()):
+        if (
+            type(layer) is LlamaDecoderLayer
+            and type(layer.mlp.act_fn) in (nn.SiLU, SiLUActivation)
+            and type(layer.input_layernorm) is type(layer.post_attention_layernorm) is LlamaRMSNorm
+            and not layer.self_attn.attention_dropout
+        ):
+            layer.__class__ = FusedLayer  # and not a new module: adapters and checkpoints know all by their names
+
+
+def _factors(x: Tensor, *layers: nn.Module) -> list[Any] | None:
+    """W, A, B and s of each layer, one after the other."""
+    found: list[Any] = []
+    for layer in layers:
+        own = layer.factors(x) if isinstance(layer, FusedLoraLinear) and layer.base_layer.bias is None else None
+        if own is None or x.dtype not in (torch.float32, torch.float64):
+            return None
+        found.extend(own)
+    return found
+
+
+def _normalise(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    """The root-mean-square norm of every row of x and what it was scaled by, [tokens, 1]."""
+    scale = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
+    return (x * scale).mul_(gain), scale
+
+
+def _normalise_backward(upstream: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
+    """The gradient by x; in place of `upstream`."""
+    upstream.mul_(gain)
+    along = torch.linalg.vecdot(upstream, x)[:, None] * scale.pow(3).div_(x.shape[1])
+    return upstream.mul_(scale).addcmul_(x, along, value=-1)
+
+
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [tokens, heads · width] by angles of [tokens, width], whose halves are the same."""
+    half = cos.shape[1] // 2
+    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    heads = states.reshape(len(cos), -1, 2 * half)
+    rotated = torch.empty_like(heads)
+    (a, b), (to_a, to_b) = heads.split(half, dim=2), rotated.split(half, dim=2)
+    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
+    torch.mul(b, cos, out=to_b).addcmul_(a, sin)
+    return rotated.flatten(1)
+
+
+class _QueryKeyValue(torch.autograd.Function):
+    """Norm, products and rotation: x [tokens, in] → query, key and value, [tokens, heads · width] each.
+
+    Every w [out, in], a [rank, in], b [out, rank]; cos and sin [tokens, width].
+    """
+
+    @staticmethod
+    def forward(ctx, x, gain, epsilon, cos, sin, q_w, q_a, q_b, q_s, k_w, k_a, k_b, k_s, v_w, v_a, v_b, v_s):
+        normal, scale = _normalise(x, gain, epsilon)
+        narrow = normal @ torch.cat([q_a, k_a, v_a]).T
+        parts = narrow.split([len(a) for a in (q_a, k_a, v_a)], dim=1)
+        query, key, value = (
+            (normal @ w.T).addmm_(part, b.T, alpha=s)
+            for part, w, b, s in zip(parts, (q_w, k_w, v_w), (q_b, k_b, v_b), (q_s, k_s, v_s), strict=True)
+        )
+        ctx.save_for_backward(x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b)
+        ctx.scalings = q_s, k_s, v_s
+        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+
+    @staticmethod
+    def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
+        x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b = ctx.saved_tensors
+        query, key = _rotate(query, cos, -sin), _rotate(key, cos, -sin)
+        ranks = [len(a) for a in (q_a, k_a, v_a)]
+        upstreams, scalings = (query, key, value), ctx.scalings
+        inner = torch.cat([(u @ b).mul_(s) for u, b, s in zip(upstreams, (q_b, k_b, v_b), scalings, strict=True)], 1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad = (query @ q_w).addmm_(key, k_w).addmm_(value, v_w).addmm_(inner, torch.cat([q_a, k_a, v_a]))
+            grad_x = _normalise_backward(grad, x, gain, scale)
+        q_grad_a, k_grad_a, v_grad_a = _grad_a(inner, x, gain, scale).split(ranks)
+        q_grad_b, k_grad_b, v_grad_b = map(_grad_b, narrow.split(ranks, dim=1), upstreams, scalings)
+        return (
+            *(grad_x, None, None, None, None),
+            *(None, q_grad_a, q_grad_b, None),
+            *(None, k_grad_a, k_grad_b, None),
+            *(None, v_grad_a, v_grad_b, None),
+        )
+
+
+class _GatedMlp(torch.autograd.Function):
+    """x + down(silu(gate(n)) · up(n)) of n = norm(x): x [tokens, in] → [tokens, in].
+
+    Every w [out, in], a [rank, in], b [out, rank].
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x, gain, epsilon, gate_w, gate_a, gate_b, gate_s, up_w, up_a, up_b, up_s, down_w, down_a, down_b, down_s
+    ):
+        normal, scale = _normalise(x, gain, epsilon)
+        narrow = normal @ torch.cat([gate_a, up_a]).T
+        gate = (normal @ gate_w.T).addmm_(narrow[:, : len(gate_a)], gate_b.T, alpha=gate_s)
+        up = (normal @ up_w.T).addmm_(narrow[:, len(gate_a) :], up_b.T, alpha=up_s)
+        inside = F.silu(gate).mul_(up)
+        down_narrow = inside @ down_a.T
+        ctx.save_for_backward(
+            *(x, gain, scale, gate, up, narrow, down_narrow),
+            *(gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b),
+        )
+        ctx.scalings = gate_s, up_s, down_s
+        return (inside @ down_w.T).addmm_(down_narrow, down_b.T, alpha=down_s).add_(x)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        x, gain, scale, gate, up, narrow, down_narrow, *weights = ctx.saved_tensors
+        gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = weights
+        gate_s, up_s, down_s = ctx.scalings
+        rank = len(gate_a)
+        down_inner = (upstream @ down_b).mul_(down_s)
+        grad_inside = (upstream @ down_w).addmm_(down_inner, down_a)
+        activated = F.silu(gate)
+        grad_up = grad_inside * activated
+        grad_down_a = down_inner.T @ activated.mul_(up)
+        grad_gate = torch.ops.aten.silu_backward.grad_input(grad_inside.mul_(up), gate, grad_input=grad_inside)
+        inner = torch.cat([(grad_gate @ gate_b).mul_(gate_s), (grad_up @ up_b).mul_(up_s)], 1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad = (grad_gate @ gate_w).addmm_(grad_up, up_w).addmm_(inner, torch.cat([gate_a, up_a]))
+            grad_x = _normalise_backward(grad, x, gain, scale).add_(upstream)
+        grad_a = _grad_a(inner, x, gain, scale)
+        return (
+            *(grad_x, None, None),
+            *(None, grad_a[:rank], _grad_b(narrow[:, :rank], grad_gate, gate_s), None),
+            *(None, grad_a[rank:], _grad_b(narrow[:, rank:], grad_up, up_s), None),
+            *(None, grad_down_a, _grad_b(down_narrow, upstream, down_s), None),
+        )
+
+
+def _grad_a(inner: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
+    """innerᵀ · norm(x), without making the norm again: [tokens, rank] → [rank, in]."""
+    return ((inner * scale).T @ x).mul_(gain)
+
+
+def _grad_b(narrow: Tensor, upstream: Tensor, scaling: float) -> Tensor:
+    """[out, rank]; transposed, because narrow times wide is the faster product."""
+    return (narrow.T @ upstream).mul_(scaling).T

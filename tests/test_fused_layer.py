@@ -1,0 +1,108 @@
+"""The fused decoder layer against the library's own under PEFT's layers."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from bapo.training.fused_layer import FusedLayer, _GatedMlp, fuse_layers
+from bapo.training.lora_linear import FusedLoraLinear
+from tests.tiny import byte_tokenizer, tiny_model
+
+TARGETS = {
+    "every layer": "all-linear",
+    "the last transformer layer": r".*layers\.1\..*_proj",
+    "the attention alone": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    "not all of the attention": ["q_proj", "v_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+@pytest.fixture(autouse=True)
+def norms_in_double(monkeypatch):
+    """The library's norms compute in float32 whatever the model: too coarse to compare gradients by."""
+
+    def plain(self, states):
+        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", plain)
+
+
+def both(targets):
+    """Decoders under the same random adapter: as the library has them, and fused."""
+    found = []
+    for fused in (False, True):
+        model = tiny_model("llama", byte_tokenizer("llama")).double()
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in model.named_parameters():
+            if "norm" in name:  # all ones when fresh
+                parameter.data = torch.rand(parameter.shape, generator=generator).double() + 0.5
+        lora = LoraConfig(r=3, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+        if fused:
+            fuse_layers(model)
+            lora._register_custom_module({nn.Linear: FusedLoraLinear})
+        policy = get_peft_model(model, lora)
+        for _, parameter in sorted(policy.named_parameters()):
+            if parameter.requires_grad:
+                parameter.data = torch.randn(parameter.shape, generator=generator).double() * 0.3
+        found.append(policy.get_decoder())
+    assert all(type(layer) is FusedLayer for layer in found[1].layers)
+    return found
+
+
+def results(decoder, embeddings, **inputs):
+    torch.manual_seed(2)
+    out = decoder(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
+    (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+    trained = {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad}
+    return {"out": out.detach(), **trained}
+
+
+def assert_alike(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert expected.abs().max() > 1e-3, name
+        torch.testing.assert_close(ours[name], expected, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_values_and_gradients_equal_the_librarys(targets, monkeypatch):
+    calls = []
+    monkeypatch.setattr(_GatedMlp, "apply", lambda *inputs, apply=_GatedMlp.apply: calls.append(1) or apply(*inputs))
+    plain, fused = both(TARGETS[targets])
+    every = []
+    for decoder in (plain, fused):
+        torch.manual_seed(1)
+        embeddings = torch.randn(2, 5, 32, dtype=torch.float64, requires_grad=True)
+        mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+        every.append(results(decoder, embeddings, attention_mask=mask) | {"embeddings": embeddings.grad})
+    assert_alike(every[1], every[0])
+    assert len(calls) == {"every layer": 2, "the last transformer layer": 1}.get(targets, 0)
+
+
+def test_an_input_that_needs_no_gradient_gets_none_and_the_adapter_gets_its_own():
+    plain, fused = both("all-linear")
+    embeddings = torch.randn(1, 6, 32, dtype=torch.float64)
+    assert_alike(results(fused, embeddings), results(plain, embeddings))
+
+
+def test_a_cache_takes_the_librarys_way():
+    plain, fused = both("all-linear")
+    embeddings = torch.randn(1, 6, 32, dtype=torch.float64)
+    outs = []
+    for decoder in (plain, fused):
+        cache = DynamicCache(config=decoder.config)
+        for token in embeddings.split(1, dim=1):
+            out = decoder(inputs_embeds=token, past_key_values=cache, use_cache=True).last_hidden_state
+        outs.append(out)
+        assert cache.get_seq_length() == 6
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("architecture", ["gemma", "phi3"])
+def test_other_layers_are_left_alone(architecture):
+    model = tiny_model(architecture, byte_tokenizer(architecture))
+    before = [type(layer) for layer in model.model.layers]
+    fuse_layers(model)
+    assert [type(layer) for layer in model.model.layers] == before
