@@ -55,23 +55,23 @@ CATALOGUE: dict[str, Preference] = {
         ),
         Preference(
             "academy", "Academy", "domain",
-            "A scholar's register: careful, impersonal, argued.",
-            "Answer in the register of an academic essay.",
+            "A lecturer's register: general, impersonal, explained.",
+            "Answer as a university lecturer explains to students.",
         ),
         Preference(
             "business", "Business", "domain",
-            "A memo's view: cost, risk, outcome and next step.",
-            "Answer as a business memo would: outcome, cost, risk, next step.",
+            "A consultant's courtesy: goals, teams, budgets and plans.",
+            "Answer as a courteous consultant would, with goals, teams, budgets and plans in view.",
         ),
         Preference(
             "entertainment", "Entertainment", "domain",
-            "A show host's flair: lively, dramatic, full of puns.",
-            "Answer like the host of an entertainment show.",
+            "A talk-show host's chat: casual, lively, full of jokes.",
+            "Answer like the host of a talk show who chats with the audience.",
         ),
         Preference(
             "literature", "Literature", "domain",
-            "Literary prose: image, rhythm and a narrator's voice.",
-            "Answer in literary prose, with imagery and rhythm.",
+            "Verse and lyrical prose: rhyme, image and a poet's voice.",
+            "Answer in verse or lyrical prose, with rhyme and imagery.",
         ),
     )
 }  # fmt: skip

@@ -52,6 +52,16 @@ def exclamations(text: str) -> float:
     return 100 * text.count("!") / max(1, len(text.split()))
 
 
+def contractions(text: str) -> float:
+    """ "it's", "don't" and the like per hundred words; possessives count too."""
+    return 100 * len(re.findall(r"\w['’](?:s|re|ll|ve|t|d|m)\b", text)) / max(1, len(text.split()))
+
+
+def line_breaks(text: str) -> float:
+    """Line breaks per hundred words: verse has many."""
+    return 100 * text.count("\n") / max(1, len(text.split()))
+
+
 TRAITS: dict[str, tuple[str, Callable[[str], float]]] = {
     "P1A": ("school grade", grade),
     "P1B": ("school grade", grade),
@@ -59,8 +69,9 @@ TRAITS: dict[str, tuple[str, Callable[[str], float]]] = {
     "P2B": ("words", words),
     "P3A": ("! per 100 words", exclamations),
     "P3B": ("words", words),
-    "academy": ("school grade", grade),
+    "academy": ("contractions per 100 words", contractions),
     "entertainment": ("! per 100 words", exclamations),
+    "literature": ("line breaks per 100 words", line_breaks),
 }
 
 

@@ -6,7 +6,17 @@ from bapo.disk_cache import DiskCache
 from bapo.inference.base_responses import greedy_responses
 from bapo.inference.policies import Policies
 from benchmarks import adapter_table
-from benchmarks.adapter_table import FACTS, GreedyAnswers, exclamations, grade, is_right, loops, table
+from benchmarks.adapter_table import (
+    FACTS,
+    GreedyAnswers,
+    contractions,
+    exclamations,
+    grade,
+    is_right,
+    line_breaks,
+    loops,
+    table,
+)
 
 
 def test_right_answers_are_whole_words():
@@ -33,6 +43,11 @@ def test_a_loop_is_four_words_four_times():
 
 def test_traits():
     assert exclamations("Oh! What a day, my friend!") == pytest.approx(100 * 2 / 6)
+    assert contractions("It's late and they\u2019re not here, so don't wait; its door 'd be") == pytest.approx(
+        100 * 3 / 13
+    )
+    assert line_breaks("Soft falls the snow,\nthe winds now blow.\n\nThe end") == pytest.approx(100 * 3 / 10)
+    assert contractions("") == line_breaks("") == 0
     hard = "Photosynthetic organisms preferentially sequester atmospheric carbon, notwithstanding seasonal variability."
     assert grade(hard) > grade("The cat sat on the mat. It was warm.") + 10
 

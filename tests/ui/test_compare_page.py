@@ -81,7 +81,7 @@ def test_stop_change_the_preference_ask_again_reload(page, tiny_app):
     assert answer(page, "dpo").inner_text() == stopped
 
     page.locator("#preference").get_by_label("Literature").check()
-    expect(page.locator("#about")).to_contain_text("Literary prose")
+    expect(page.locator("#about")).to_contain_text("lyrical prose")
     choose_length(page, 8)
     page.click("#ask")
     expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
