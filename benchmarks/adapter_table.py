@@ -53,7 +53,7 @@ def exclamations(text: str) -> float:
 
 
 def contractions(text: str) -> float:
-    """ "it's", "don't" and the like per hundred words; possessives count too."""
+    """Short forms such as "it's" and "don't" per hundred words; possessives count too."""
     return 100 * len(re.findall(r"\w['’](?:s|re|ll|ve|t|d|m)\b", text)) / max(1, len(text.split()))
 
 

@@ -6,7 +6,7 @@ FILE has JSON lines with a prompt and `responses`, a text per domain and a `norm
 domain its own text is chosen and each of the four others rejected. `PROMPTS` of them, from all over the file.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from tqdm import tqdm
@@ -28,12 +28,15 @@ DOMAINS = [preference.id for preference in CATALOGUE.values() if preference.fami
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("file", type=Path)
+    file = parser.parse_args().file
     settings = Settings.from_environment()
     base = load_base(settings)
     store = AdapterStore(settings.adapters, base.name, base.fingerprint)
     names = [f"{domain}-{method}" for domain in DOMAINS for method in METHODS]
     chosen = [None, *map(store.named, names)]
-    items = spread(Path(sys.argv[1]), PROMPTS)
+    items = spread(file, PROMPTS)
     answers = base_responses(base, [item["prompt"] for item in items], settings.cache)
     policies = Policies(base, settings.adapter_memory_mb * 10**6, settings.cache, exact=True)
     pairs: dict[str, dict[str, list[PairLogps]]] = {domain: {} for domain in DOMAINS}

@@ -8,6 +8,10 @@ from pathlib import Path
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
+import torch
+import transformers.models.gemma.modeling_gemma as gemma
+import transformers.models.llama.modeling_llama as llama
+import transformers.models.phi3.modeling_phi3 as phi3
 
 from bapo.adapters import AdapterStore
 from bapo.inference.base import EMBEDDED, Base, load_base
@@ -32,6 +36,19 @@ def tiny_folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture
 def settings(tmp_path) -> Settings:
     return Settings(cache=tmp_path / "cache", adapters=tmp_path / "adapters")
+
+
+@pytest.fixture
+def norms_in_double(monkeypatch):
+    """These architectures run their norms in float32 whatever the model: too coarse to compare gradients by."""
+
+    def plain(self, states):
+        gain = 1.0 + self.weight if isinstance(self, gemma.GemmaRMSNorm) else self.weight
+        epsilon = self.eps if isinstance(self, gemma.GemmaRMSNorm) else self.variance_epsilon
+        return gain * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + epsilon)
+
+    for norm in (llama.LlamaRMSNorm, phi3.Phi3RMSNorm, gemma.GemmaRMSNorm):
+        monkeypatch.setattr(norm, "forward", plain)
 
 
 @pytest.fixture(params=ARCHITECTURES)

@@ -5,7 +5,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bapo.training.fused_layer import FusedLayer, _GatedMlp, fuse_layers
 from bapo.training.lora_linear import FusedLoraLinear
@@ -19,14 +18,7 @@ TARGETS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def norms_in_double(monkeypatch):
-    """The library's norms compute in float32 whatever the model: too coarse to compare gradients by."""
-
-    def plain(self, states):
-        return self.weight * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-
-    monkeypatch.setattr(LlamaRMSNorm, "forward", plain)
+pytestmark = pytest.mark.usefixtures("norms_in_double")
 
 
 def both(targets):

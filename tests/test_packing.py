@@ -4,9 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers.models.gemma.modeling_gemma as gemma
-import transformers.models.llama.modeling_llama as llama
-import transformers.models.phi3.modeling_phi3 as phi3
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
@@ -15,7 +12,7 @@ from bapo.inference.base import load_base
 from bapo.inference.prefix_tree import PromptTree, pack_trees
 from bapo.inference.scoring import branch_logps, response_logps
 from bapo.inference.token_logps import BLOCK, token_logps
-from bapo.inference.tree_attention import Limits, block_mask, limits_of
+from bapo.inference.tree_attention import Limits, _attend_by_segment, _TreeAttention, block_mask, limits_of
 from bapo.training.fused_layer import fuse_layers
 from bapo.training.lora_linear import FusedLoraLinear
 from bapo.training.objectives import Logps, bapo
@@ -24,19 +21,6 @@ from tests.tiny import logps_apart
 
 TREES = Limits(trees=True, window=None, rope_switch=None)
 BETA, LAMBDA = 0.1, 5.0
-
-
-@pytest.fixture
-def norms_in_double(monkeypatch):
-    """These architectures run their norms in float32 whatever the model: too coarse to compare gradients by."""
-
-    def plain(self, states):
-        gain = 1.0 + self.weight if isinstance(self, gemma.GemmaRMSNorm) else self.weight
-        epsilon = self.eps if isinstance(self, gemma.GemmaRMSNorm) else self.variance_epsilon
-        return gain * states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + epsilon)
-
-    for norm in (llama.LlamaRMSNorm, phi3.Phi3RMSNorm, gemma.GemmaRMSNorm):
-        monkeypatch.setattr(norm, "forward", plain)
 
 
 def policy_of(base, seed=3):
@@ -211,6 +195,22 @@ def test_token_logps_and_their_gradient_against_the_whole_softmax():
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
     with pytest.raises(ValueError, match="is trained"):
         token_logps(hidden, head.requires_grad_(True), labels)
+
+
+@pytest.mark.parametrize(
+    "tree", [[[3, 2, 5]], [[0, 4], [2, 1, 1, 3]]], ids=["one group", "two groups, one without a prefix"]
+)
+def test_the_cpus_way_back_through_a_tree_is_autograds(tree):
+    torch.manual_seed(0)
+    total = sum(map(sum, tree))
+    states = [torch.randn(2, heads, total, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)]
+    upstream = torch.randn(2, total, 6, 8, dtype=torch.float64)
+    results = []
+    for attend in (_TreeAttention.apply, _attend_by_segment):
+        output = attend(*states, 0.3, tree)
+        results.append([output, *torch.autograd.grad((output * upstream).sum(), states)])
+    for ours, autograds in zip(*results, strict=True):
+        torch.testing.assert_close(ours, autograds, rtol=0, atol=1e-12)
 
 
 def test_the_block_mask_of_flex_attention_is_the_same_attention():

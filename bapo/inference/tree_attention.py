@@ -91,12 +91,17 @@ def tree_attention(
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
     if query.device.type == "cpu":
         return _TreeAttention.apply(query, key, value, scaling, tree), None
+    return _attend_by_segment(query, key, value, scaling, tree), None
+
+
+def _attend_by_segment(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree) -> Tensor:
+    """Attention of a tree on any device, with autograd's own way back."""
     output = torch.empty_like(query.transpose(1, 2))
     for prefix, own in _segments(tree):
         part, keys, values, mask = _inputs(query, key, value, prefix, own)
         attended = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=scaling)
         output[:, own] = attended.reshape(query[:, :, own].shape).transpose(1, 2)
-    return output, None
+    return output
 
 
 class _TreeAttention(torch.autograd.Function):

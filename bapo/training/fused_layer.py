@@ -52,11 +52,13 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
 
 def _factors(x: Tensor, *layers: nn.Module) -> list[Any] | None:
-    """W, A, B and s of each layer, one after the other."""
+    """W, A, B and s of each layer, one after the other; None where one of them is not plain, or x in half precision."""
+    if x.dtype not in (torch.float32, torch.float64):
+        return None
     found: list[Any] = []
     for layer in layers:
         own = layer.factors(x) if isinstance(layer, FusedLoraLinear) and layer.base_layer.bias is None else None
-        if own is None or x.dtype not in (torch.float32, torch.float64):
+        if own is None:
             return None
         found.extend(own)
     return found
