@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.activations import GELUTanh
 
 from bapo.adapters import WEIGHTS, AdapterStore, Mix
 from bapo.errors import BapoError
 from bapo.inference.base import load_base
-from bapo.inference.kernels import multiply, normalise
+from bapo.inference.kernels import SHARES, attend, gate, multiply, normalise
 from bapo.inference.lora_weights import read_lora
 from bapo.inference.mixed_lora import MixedLinear, MixedModel
 from bapo.inference.policies import Policies
@@ -227,6 +228,37 @@ def test_the_norm_kernel_equals_the_formula():
     weight = torch.rand(50)
     normalise(x.numpy(), weight.numpy(), 1e-5, out.numpy())
     torch.testing.assert_close(out, x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5) * weight)
+
+
+@pytest.mark.parametrize("activation", [torch.nn.functional.silu, GELUTanh()])
+def test_the_gate_kernel_equals_the_activation_and_stays_finite_far_out(activation):
+    left, right = torch.randn(3, 50), torch.randn(3, 50)
+    left[:, :6] = torch.tensor([-1e4, -100, -88.5, 88.5, 100, 1e4])
+    left[0, 6] = torch.nan
+    out = torch.empty(3, 50)
+    gelu = isinstance(activation, GELUTanh)
+    gate(torch.cat([left, right], 1).numpy(), gelu, out.numpy(), SHARES)
+    torch.testing.assert_close(out, activation(left) * right, equal_nan=True)
+
+
+@pytest.mark.parametrize("position", [*range(2, 11), 95])
+def test_the_attention_kernel_equals_the_library(position):
+    rows, groups, shared, width = 2, 2, 3, 16
+    keys, values = torch.randn(2, rows, groups, position + 3, width)
+    query = 3 * torch.randn(rows, groups * shared, 1, width)
+    new = torch.randn(2, rows, groups, width)
+    states = torch.cat([query.flatten(1), *new.flatten(2)], 1)
+    still = torch.ones(rows, width), torch.zeros(rows, width)  # cosine and sine of no rotation
+    starts = torch.tensor([0, 2])
+    out = torch.empty(rows, groups * shared * width)
+    arrays = [one.numpy() for one in (states, *still, keys, values)]
+    attend(*arrays, position, starts.numpy(), 0.25, out.numpy())
+    torch.testing.assert_close(torch.stack([keys[:, :, position], values[:, :, position]]), new)
+    seen = (torch.arange(position + 3) >= starts[:, None]) & (torch.arange(position + 3) <= position)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, seen[:, None, None], scale=0.25, enable_gqa=True
+    )
+    torch.testing.assert_close(out, expected.flatten(1))
 
 
 @pytest.mark.parametrize("bias", [True, False])

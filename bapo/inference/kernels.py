@@ -45,8 +45,9 @@ def multiply(weight, scale, x, a, b, places, out, shares):
                 inner[m, r] = total
     for share in prange(shares):
         first, last = outputs * share // shares, outputs * (share + 1) // shares
-        for n in range(first, last):
-            _row_dots(weight[n], scale[n], x, out, n)
+        half = (last - first + 1) // 2
+        for n in range(first, first + half):
+            _row_dots(weight, scale, x, out, n, min(n + half, last - 1))
         for m in range(rows if rank else 0):
             if places[m] >= 0:
                 sums = out[m, first:last]
@@ -57,83 +58,124 @@ def multiply(weight, scale, x, a, b, places, out, shares):
 
 
 @njit(inline="always")
-def _row_dots(line, factor, x, out, n):
+def _row_dots(weight, scale, x, out, n, o):
+    """Outputs n and o of every row. Two at a time, or loading x takes longer than multiplying; and from lines far
+    apart, as a processor fetches two streams ahead but not one that goes to and fro between neighbours."""
     rows = x.shape[0]
     m = 0
     # The rows of a group share each load of the weight: groups as large as the registers allow.
     while m < rows:
         left = rows - m
         if left == 5:
-            _five(line, factor, x, out, m, n)
+            _five(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
             m += 5
         elif left == 4 or left > 6:
-            _four(line, factor, x, out, m, n)
+            _four(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
             m += 4
         elif left == 3 or left == 6:
-            _three(line, factor, x, out, m, n)
+            _three(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
             m += 3
         elif left == 2:
-            _two(line, factor, x, out, m, n)
+            _two(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
             m += 2
         else:
-            _one(line, factor, x, out, m, n)
+            _one(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
             m += 1
 
 
 @njit(inline="always")
-def _one(line, factor, x, out, m, n):
-    a = np.float32(0)
+def _one(line, other, factor, factor_other, x, out, m, n, o):
+    a = p = np.float32(0)
     for k in range(line.shape[0]):
-        a += np.float32(line[k]) * x[m, k]
-    out[m, n] = a * factor
+        v, w = np.float32(line[k]), np.float32(other[k])
+        y = x[m, k]
+        a += v * y
+        p += w * y
+    out[m, n], out[m, o] = a * factor, p * factor_other
 
 
 @njit(inline="always")
-def _two(line, factor, x, out, m, n):
-    a = b = np.float32(0)
+def _two(line, other, factor, factor_other, x, out, m, n, o):
+    a = b = p = q = np.float32(0)
     for k in range(line.shape[0]):
-        w = np.float32(line[k])
-        a += w * x[m, k]
-        b += w * x[m + 1, k]
-    out[m, n], out[m + 1, n] = a * factor, b * factor
+        v, w = np.float32(line[k]), np.float32(other[k])
+        y = x[m, k]
+        a += v * y
+        p += w * y
+        y = x[m + 1, k]
+        b += v * y
+        q += w * y
+    out[m, n], out[m, o] = a * factor, p * factor_other
+    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
 
 
 @njit(inline="always")
-def _three(line, factor, x, out, m, n):
-    a = b = c = np.float32(0)
+def _three(line, other, factor, factor_other, x, out, m, n, o):
+    a = b = c = p = q = r = np.float32(0)
     for k in range(line.shape[0]):
-        w = np.float32(line[k])
-        a += w * x[m, k]
-        b += w * x[m + 1, k]
-        c += w * x[m + 2, k]
-    out[m, n], out[m + 1, n], out[m + 2, n] = a * factor, b * factor, c * factor
+        v, w = np.float32(line[k]), np.float32(other[k])
+        y = x[m, k]
+        a += v * y
+        p += w * y
+        y = x[m + 1, k]
+        b += v * y
+        q += w * y
+        y = x[m + 2, k]
+        c += v * y
+        r += w * y
+    out[m, n], out[m, o] = a * factor, p * factor_other
+    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
+    out[m + 2, n], out[m + 2, o] = c * factor, r * factor_other
 
 
 @njit(inline="always")
-def _four(line, factor, x, out, m, n):
-    a = b = c = d = np.float32(0)
+def _four(line, other, factor, factor_other, x, out, m, n, o):
+    a = b = c = d = p = q = r = s = np.float32(0)
     for k in range(line.shape[0]):
-        w = np.float32(line[k])
-        a += w * x[m, k]
-        b += w * x[m + 1, k]
-        c += w * x[m + 2, k]
-        d += w * x[m + 3, k]
-    out[m, n], out[m + 1, n] = a * factor, b * factor
-    out[m + 2, n], out[m + 3, n] = c * factor, d * factor
+        v, w = np.float32(line[k]), np.float32(other[k])
+        y = x[m, k]
+        a += v * y
+        p += w * y
+        y = x[m + 1, k]
+        b += v * y
+        q += w * y
+        y = x[m + 2, k]
+        c += v * y
+        r += w * y
+        y = x[m + 3, k]
+        d += v * y
+        s += w * y
+    out[m, n], out[m, o] = a * factor, p * factor_other
+    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
+    out[m + 2, n], out[m + 2, o] = c * factor, r * factor_other
+    out[m + 3, n], out[m + 3, o] = d * factor, s * factor_other
 
 
 @njit(inline="always")
-def _five(line, factor, x, out, m, n):
-    a = b = c = d = e = np.float32(0)
+def _five(line, other, factor, factor_other, x, out, m, n, o):
+    a = b = c = d = e = p = q = r = s = t = np.float32(0)
     for k in range(line.shape[0]):
-        w = np.float32(line[k])
-        a += w * x[m, k]
-        b += w * x[m + 1, k]
-        c += w * x[m + 2, k]
-        d += w * x[m + 3, k]
-        e += w * x[m + 4, k]
-    out[m, n], out[m + 1, n] = a * factor, b * factor
-    out[m + 2, n], out[m + 3, n], out[m + 4, n] = c * factor, d * factor, e * factor
+        v, w = np.float32(line[k]), np.float32(other[k])
+        y = x[m, k]
+        a += v * y
+        p += w * y
+        y = x[m + 1, k]
+        b += v * y
+        q += w * y
+        y = x[m + 2, k]
+        c += v * y
+        r += w * y
+        y = x[m + 3, k]
+        d += v * y
+        s += w * y
+        y = x[m + 4, k]
+        e += v * y
+        t += w * y
+    out[m, n], out[m, o] = a * factor, p * factor_other
+    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
+    out[m + 2, n], out[m + 2, o] = c * factor, r * factor_other
+    out[m + 3, n], out[m + 3, o] = d * factor, s * factor_other
+    out[m + 4, n], out[m + 4, o] = e * factor, t * factor_other
 
 
 @njit(fastmath=FREEDOM, nogil=True, cache=True)
@@ -162,30 +204,56 @@ def attend(states, cos, sin, keys, values, position, starts, scaling, out):
     shared = heads // groups
     for unit in prange(rows * groups):
         m, g = unit // groups, unit % groups
-        row, own, seen, first = states[m], keys[m, g], values[m, g], starts[m]
-        _rotate(row[(heads + g) * width : (heads + g + 1) * width], cos[m], sin[m], own[position])
-        seen[position] = row[(heads + groups + g) * width : (heads + groups + g + 1) * width]
+        row, first = states[m], starts[m]
+        _rotate(row[(heads + g) * width : (heads + g + 1) * width], cos[m], sin[m], keys[m, g, position])
+        values[m, g, position] = row[(heads + groups + g) * width : (heads + groups + g + 1) * width]
+        own, seen = keys[m, g, first : position + 1], values[m, g, first : position + 1]
+        length = own.shape[0]
         query = np.empty(width, np.float32)
-        weights = np.empty(position + 1, np.float32)
+        weights = np.empty(length, np.float32)
         for head in range(g * shared, (g + 1) * shared):
             _rotate(row[head * width : (head + 1) * width], cos[m], sin[m], query)
             largest = np.float32(-np.inf)
-            for t in range(first, position + 1):
+            for t in range(length):
                 score = np.float32(0)
                 for d in range(width):
                     score += query[d] * own[t, d]
                 weights[t] = score * np.float32(scaling)
                 largest = max(largest, weights[t])
             total = np.float32(0)
-            for t in range(first, position + 1):
-                weights[t] = np.exp(weights[t] - largest)
+            for t in range(length):
+                weights[t] = _exp(weights[t] - largest)
                 total += weights[t]
             attended = out[m, head * width : (head + 1) * width]
             attended[:] = 0
-            for t in range(first, position + 1):
-                share = weights[t] / total
+            blocks = length // 4
+            for block in range(blocks):  # four positions for each time that the sums are loaded and stored
+                t = 4 * block
+                a, b, c, e = weights[t], weights[t + 1], weights[t + 2], weights[t + 3]
                 for d in range(width):
-                    attended[d] += share * seen[t, d]
+                    attended[d] += a * seen[t, d] + b * seen[t + 1, d] + c * seen[t + 2, d] + e * seen[t + 3, d]
+            for t in range(4 * blocks, length):
+                for d in range(width):
+                    attended[d] += weights[t] * seen[t, d]
+            for d in range(width):
+                attended[d] /= total
+
+
+@njit(inline="always")
+def _exp(x):
+    """eˣ to a relative 1e-7, for x below −87 or above 88 as there: eˣ = 2ⁿ eʳ with a polynomial for eʳ (that of Cephes'
+    `expf`). It goes through the vector units, where the library's function takes one number a call. NaN stays NaN."""
+    x = np.float32(-87) if x < np.float32(-87) else np.float32(88) if x > np.float32(88) else x
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
 @njit(inline="always")
@@ -204,15 +272,15 @@ def gate(states, gelu, out, shares):
     """out = f(left half of `states`) · right half; [M, 2K] → [M, K], float32; f is SiLU, or GELU (tanh) with `gelu`."""
     rows, width = out.shape
     for share in prange(shares):
+        first, last = width * share // shares, width * (share + 1) // shares
         for m in range(rows):
-            for k in range(width * share // shares, width * (share + 1) // shares):
-                x = states[m, k]
-                if gelu:
-                    inner = np.float32(0.7978845608) * (x + np.float32(0.044715) * x * x * x)
-                    activated = np.float32(0.5) * x * (np.float32(1) + np.tanh(inner))
-                else:
-                    activated = x / (np.float32(1) + np.exp(-x))
-                out[m, k] = activated * states[m, width + k]
+            left, right, own = states[m, first:last], states[m, width + first : width + last], out[m, first:last]
+            for k in range(own.shape[0]):
+                x = left[k]
+                turn = x
+                if gelu:  # tanh y = 2 sigmoid(2y) − 1, so both are x · sigmoid(…)
+                    turn = np.float32(1.5957691216) * (x + np.float32(0.044715) * x * x * x)
+                own[k] = x / (np.float32(1) + _exp(-turn)) * right[k]
 
 
 def _to_pointer(typing_context, address):
