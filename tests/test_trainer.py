@@ -220,6 +220,8 @@ def test_a_run_installs_an_adapter_that_stock_peft_loads(tiny_folders, settings,
 def test_the_same_plan_gives_the_same_adapter(tiny_folders, settings, pairs_file):
     first, _, _ = train_tiny(tiny_folders, settings, pairs_file)
     before = (first / "adapter_model.safetensors").read_bytes()
+    layers = json.loads((first / "adapter_config.json").read_text())["target_modules"]
+    assert layers == sorted(layers), "a set has another order in every process"
     second, _, _ = train_tiny(tiny_folders, settings, pairs_file)
     assert second == first
     assert (second / "adapter_model.safetensors").read_bytes() == before

@@ -143,7 +143,9 @@ def run(
 
 def _saved(policy, base: Base, history: list[dict], folder: Path) -> Path:
     """The adapter in a hidden folder of the store, from where one rename puts it into place."""
-    policy.peft_config["default"].base_model_name_or_path = base.name  # not a path on this machine
+    config = policy.peft_config["default"]
+    config.base_model_name_or_path = base.name  # not a path on this machine
+    config.target_modules = sorted(config.target_modules)  # a set, whose order differs between processes
     policy.save_pretrained(folder, save_embedding_layers=False)  # else PEFT asks the hub about them
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card says what there is to say
     steps = [entry for entry in history if "drift" in entry]
