@@ -13,7 +13,7 @@ import re
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import textstat
@@ -35,6 +35,7 @@ FACT_TOKENS, ANSWER_TOKENS = 48, 256  # a small base often never ends: answers a
 
 POLICIES_AT_ONCE = 8  # rows that the products of a CPU's decoding are written for
 
+Question = tuple[str, int]  # with the tokens that an answer may have
 Answers = dict[str, list[dict]]  # "facts" and "held out", each a list of texts with whether they ended
 
 
@@ -95,20 +96,16 @@ class GreedyAnswers:
         self.known = known
         self._weights: dict[str, str] = {}  # an adapter's key → the hash of its file, read once
 
-    def prepare(self, who: list[Adapter | None]) -> None:
+    def prepare(self, who: list[Adapter | None], asked: Sequence[Question]) -> None:
         """Have those answer who have not answered yet."""
-        asked = [(item["question"], FACT_TOKENS) for item in FACTS] + [(prompt, ANSWER_TOKENS) for prompt in HELD_OUT]
         for prompt, tokens in tqdm(asked, desc="answering", leave=False, file=sys.stderr):
             missing = [one for one in who if self._key(one, prompt, tokens) not in self.known]
             for start in range(0, len(missing), POLICIES_AT_ONCE):
                 self._answer(missing[start : start + POLICIES_AT_ONCE], prompt, tokens)
 
-    def of(self, one: Adapter | None) -> Answers:
+    def of(self, one: Adapter | None, asked: Sequence[Question]) -> list[dict]:
         """What a prepared one answered."""
-        return {
-            "facts": [self.known[self._key(one, item["question"], FACT_TOKENS)] for item in FACTS],
-            "held out": [self.known[self._key(one, prompt, ANSWER_TOKENS)] for prompt in HELD_OUT],
-        }
+        return [self.known[self._key(one, *question)] for question in asked]
 
     def _answer(self, who: list[Adapter | None], prompt: str, tokens: int) -> None:
         base = self.policies.base
@@ -126,6 +123,13 @@ class GreedyAnswers:
         if one is not None:
             weights = self._weights.get(one.key) or self._weights.setdefault(one.key, one.sha256)
         return [weights, self.policies.compact, prompt, tokens]
+
+
+def questions() -> dict[str, list[Question]]:
+    return {
+        "facts": [(item["question"], FACT_TOKENS) for item in FACTS],
+        "held out": [(prompt, ANSWER_TOKENS) for prompt in HELD_OUT],
+    }
 
 
 def right_answers(answers: Answers) -> int:
@@ -191,14 +195,19 @@ def main() -> None:
     adapters = [found[name][method] for name in CATALOGUE for method in METHODS if method in found.get(name, {})]
     known = DiskCache(settings.cache / "greedy-answers" / base.cache_key)
     answers = GreedyAnswers(Policies(base, 2**30, settings.cache), known)
-    answers.prepare([None, *adapters])
-    plain = answers.of(None)
+    asked = questions()
+    answers.prepare([None, *adapters], [*asked["facts"], *asked["held out"]])
+
+    def given(one: Adapter | None) -> Answers:
+        return {kind: answers.of(one, own) for kind, own in asked.items()}
+
+    plain = given(None)
     cut = sum(not one["complete"] for one in plain["held out"])
     print(
         f"base: {right_answers(plain)} of {len(FACTS)} facts right, {loop_share(plain):.0%} of its {len(HELD_OUT)} "
         f"held-out answers loop, {cut} are cut at {ANSWER_TOKENS} tokens"
     )
-    print(table([row(one, plain, answers.of(one)) for one in adapters]))
+    print(table([row(one, plain, given(one)) for one in adapters]))
 
 
 if __name__ == "__main__":

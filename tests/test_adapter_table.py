@@ -7,7 +7,9 @@ from bapo.inference.base_responses import greedy_responses
 from bapo.inference.policies import Policies
 from benchmarks import adapter_table
 from benchmarks.adapter_table import (
+    FACT_TOKENS,
     FACTS,
+    HELD_OUT,
     GreedyAnswers,
     contractions,
     exclamations,
@@ -17,6 +19,7 @@ from benchmarks.adapter_table import (
     loops,
     table,
 )
+from benchmarks.answer_lengths import before_loop
 
 
 def test_right_answers_are_whole_words():
@@ -67,18 +70,24 @@ def test_the_table_ends_with_means_and_deviations():
 
 
 def test_answers_of_many_at_once_are_the_plain_greedy_ones(tiny_engine, monkeypatch, tmp_path):
-    monkeypatch.setattr(adapter_table, "FACTS", FACTS[:2])
-    monkeypatch.setattr(adapter_table, "HELD_OUT", adapter_table.HELD_OUT[:1])
-    monkeypatch.setattr(adapter_table, "ANSWER_TOKENS", 20)
     base, store = tiny_engine.base, tiny_engine.store
     adapters = [adapter for methods in store.by_preference().values() for adapter in methods.values()]
     prompts = [item["question"] for item in FACTS[:2]]
-    plain = [response.text for response in greedy_responses(base, prompts, adapter_table.FACT_TOKENS)]
+    asked = [*((prompt, FACT_TOKENS) for prompt in prompts), (HELD_OUT[0], 20)]
+    plain = [response.text for response in greedy_responses(base, prompts, FACT_TOKENS)]
     answers = GreedyAnswers(Policies(base, 2**20, tmp_path / "ways", exact=True), DiskCache(tmp_path / "answers"))
-    answers.prepare([None, *adapters, None])
-    assert [one["text"] for one in answers.of(None)["facts"]] == plain
-    own = [answers.of(adapter) for adapter in adapters]
-    assert any(one["facts"] != answers.of(None)["facts"] for one in own)
+    answers.prepare([None, *adapters, None], asked)
+    assert [one["text"] for one in answers.of(None, asked[:2])] == plain
+    own = [answers.of(adapter, asked) for adapter in adapters]
+    assert any(one != answers.of(None, asked) for one in own)
     monkeypatch.setattr(adapter_table, "decode", None)
-    answers.prepare([None, *adapters])  # from the disk
-    assert [answers.of(adapter) for adapter in adapters] == own
+    answers.prepare([None, *adapters], asked)  # from the disk
+    assert [answers.of(adapter, asked) for adapter in adapters] == own
+
+
+def test_a_loop_begins_before_its_second_round():
+    assert before_loop("one two three four five six") == 6
+    assert before_loop("so it goes " + "a b c d " * 3) == 15
+    assert before_loop("so it goes " + "a b c d " * 4) == 7
+    assert before_loop("x " * 50) == 4
+    assert before_loop("") == 0
