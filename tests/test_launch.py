@@ -19,7 +19,7 @@ def pairs_file(tmp_path):
 
 
 def train(folder, base, pairs_file, *launcher):
-    command = ["train", "--base", str(base), "--preference", "mine", "--pairs", str(pairs_file), "--epochs", "2"]
+    command = ["train", "--base", str(base), "--preference", "mine", "--pairs", str(pairs_file), "--epochs", "4"]
     command += ["--batch-size", "4", "--learning-rate", "5e-3", "--held-out-share", "0.1", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", *launcher, "bapo", *command],
@@ -41,7 +41,7 @@ def test_two_processes_follow_the_curve_of_one(tiny_folders, pairs_file, tmp_pat
         "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--module",
     )  # fmt: skip
-    assert len(one) == len(two) == 8
+    assert len(one) == len(two) == 16
     for step, (alone, shared) in enumerate(zip(one, two, strict=True)):
         for column in ("loss", *COLUMNS):
             assert shared[column] == pytest.approx(alone[column], abs=1e-4), (step, column)
