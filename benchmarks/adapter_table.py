@@ -12,7 +12,6 @@ import json
 import re
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -81,11 +80,21 @@ def is_right(answer: str, accepted: list[str]) -> bool:
     return any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", answer.lower()) for one in accepted)
 
 
-def loops(text: str) -> bool:
-    """Whether some four words in a row occur four times or more."""
+def before_loop(text: str) -> int:
+    """Words up to the end of a loop's first round, a loop being some four words in a row that occur four times; all
+    words where there is none."""
     tokens = text.lower().split()
-    counts = Counter(zip(*(tokens[start:] for start in range(4)), strict=False))
-    return max(counts.values(), default=0) >= 4
+    ends: dict[tuple[str, ...], list[int]] = {}
+    for start in range(len(tokens) - 3):
+        rounds = ends.setdefault(tuple(tokens[start : start + 4]), [])
+        rounds.append(start + 4)
+        if len(rounds) == 4:
+            return rounds[0]
+    return len(tokens)
+
+
+def loops(text: str) -> bool:
+    return before_loop(text) < len(text.split())
 
 
 class GreedyAnswers:

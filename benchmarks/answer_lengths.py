@@ -2,8 +2,8 @@
 
     python -m benchmarks.answer_lengths
 
-Greedy answers to the held-out prompts of our own set, up to half of the embedded base's context. A small base often
-falls into a loop and never ends, so the words before a loop are counted too.
+Greedy answers to the held-out prompts of our own set, with four times the room that the table of all adapters gives. A
+small base often falls into a loop and never ends, so the words before a loop are counted too.
 """
 
 import statistics
@@ -14,23 +14,10 @@ from bapo.disk_cache import DiskCache
 from bapo.inference.base import load_base
 from bapo.inference.policies import Policies
 from bapo.settings import Settings
-from benchmarks.adapter_table import HELD_OUT, GreedyAnswers, words
+from benchmarks.adapter_table import ANSWER_TOKENS, HELD_OUT, GreedyAnswers, before_loop, words
 
-TOKENS = 1024
+TOKENS = 4 * ANSWER_TOKENS
 PREFERENCES = "P2A", "P2B"
-ROUNDS = 4  # of the same four words make a loop, as in the table of all adapters
-
-
-def before_loop(text: str) -> int:
-    """Words up to the end of a loop's first round; all of them where there is no loop."""
-    tokens = text.split()
-    ends: dict[tuple[str, ...], list[int]] = {}
-    for start in range(len(tokens) - 3):
-        places = ends.setdefault(tuple(word.lower() for word in tokens[start : start + 4]), [])
-        places.append(start + 4)
-        if len(places) == ROUNDS:
-            return places[0]
-    return len(tokens)
 
 
 def main() -> None:

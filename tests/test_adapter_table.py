@@ -11,6 +11,7 @@ from benchmarks.adapter_table import (
     FACTS,
     HELD_OUT,
     GreedyAnswers,
+    before_loop,
     contractions,
     exclamations,
     grade,
@@ -19,7 +20,6 @@ from benchmarks.adapter_table import (
     loops,
     table,
 )
-from benchmarks.answer_lengths import before_loop
 
 
 def test_right_answers_are_whole_words():
