@@ -187,7 +187,7 @@ def main() -> None:
     print(f"preference swapped, disk → first token: {cold * 1e3:.0f} ms, from memory {warm * 1e3:.0f} ms: "
           f"{(cold - warm) * 1e3:+.0f} ms (aim at most 150)")  # fmt: skip
     bandwidth = copy_bandwidth()
-    for name, width in (("float32, 3 rows", 4), ("compact, 5 rows", 2)):
+    for name, width in (("float32, 3 rows", 4), ("compact, 3 rows", 2), ("compact, 5 rows", 2)):
         read = weight_bytes(base, width) * TOKENS / last[name]
         report(f"weights read a second, {name}", f"{read / 1e9:.1f} GB/s", f"copy {bandwidth / 1e9:.1f} GB/s",
                read / bandwidth, "0.5")  # fmt: skip

@@ -14,6 +14,7 @@ import torch
 
 os.environ.setdefault("NUMBA_NUM_THREADS", str(torch.get_num_threads()))  # numba reads it when it is imported
 
+from llvmlite import ir
 from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -21,6 +22,9 @@ from numba.extending import intrinsic
 # Sums may be taken in any order, as every matrix library does; infinities and NaNs keep their meaning.
 FREEDOM = {"reassoc", "contract"}
 SHARES = 2 * torch.get_num_threads()  # of the outputs: a thread that is late takes fewer
+
+AHEAD = 3  # lines of a weight that are asked for before their turn
+CACHE_LINE = 64  # bytes
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
@@ -33,6 +37,8 @@ def multiply(weight, scale, x, a, b, places, out, shares):
     """
     rows, width = x.shape
     outputs, rank = len(weight), a.shape[1] if len(a) else 0
+    # Where multiplying takes longer than reading, the processor by itself does not read on meanwhile.
+    busy = rows > 2 and weight.itemsize == 2
     inner = np.zeros((rows, rank), np.float32)
     if rank:
         for unit in prange(rows * rank):
@@ -47,6 +53,9 @@ def multiply(weight, scale, x, a, b, places, out, shares):
         first, last = outputs * share // shares, outputs * (share + 1) // shares
         half = (last - first + 1) // 2
         for n in range(first, first + half):
+            if busy:
+                _fetch(weight, n + AHEAD)
+                _fetch(weight, n + half + AHEAD)
             _row_dots(weight, scale, x, out, n, min(n + half, last - 1))
         for m in range(rows if rank else 0):
             if places[m] >= 0:
@@ -55,6 +64,32 @@ def multiply(weight, scale, x, a, b, places, out, shares):
                     factor, line = inner[m, r], b[places[m], r, first:last]
                     for n in range(sums.shape[0]):  # from 0, or the loop is not vectorised
                         sums[n] += factor * line[n]
+
+
+def _to_prefetch(typing_context, array, n, k):
+    def build(context, builder, signature, arguments):
+        held = context.make_array(signature.args[0])(context, builder, arguments[0])
+        row = builder.mul(arguments[1], cgutils.unpack_tuple(builder, held.strides)[0])
+        column = builder.mul(arguments[2], held.itemsize)
+        start = builder.bitcast(held.data, cgutils.voidptr_t)
+        place = builder.gep(start, [builder.add(row, column)])
+        word = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+        builder.call(prefetch, [place, word(0), word(2), word(1)])  # to read, into the second level, data
+        return context.get_dummy_value()
+
+    return types.void(array, n, k), build
+
+
+_prefetch: Any = intrinsic(_to_prefetch)
+
+
+@njit(inline="always")
+def _fetch(weight, n):
+    """Ask for line n, which may lie behind the last: reading then goes on while the lines before it are multiplied."""
+    for k in range(0, weight.shape[1], CACHE_LINE // weight.itemsize):
+        _prefetch(weight, n, k)
 
 
 @njit(inline="always")
