@@ -29,8 +29,7 @@ def forced_logps(
     policies: Policies, chosen: list[Policy], prompt_ids: list[int], token_ids: list[int], exact: bool
 ) -> Tensor:
     """Log-probs (nats) of given tokens under each policy: [policies, tokens]."""
-    rows = policies.gather(chosen)
-    logits, cache = policies.prefill(rows, len(chosen), prompt_ids, len(token_ids))
+    rows, logits, cache = policies.prefill(chosen, prompt_ids, len(token_ids))
     logps = []
     for token in token_ids:
         logps.append(logits.log_softmax(-1)[:, token])

@@ -104,13 +104,13 @@ def test_rows_equal_plain_peft_through_prefill_decoding_and_leaving(
 def test_the_layers_in_one_call_equal_the_layers_one_by_one(tiny_engine, settings, ways, monkeypatch):
     policies = Policies(tiny_engine.base, 2**20, settings.cache)
     take_ways(policies, *ways)
-    rows = policies.gather([None, *tiny_engine.store.adapters()])
+    chosen = [None, *tiny_engine.store.adapters()]
     tokens, found = torch.tensor([7, 8, 9, 10, 11]), []
     for one_call in (True, False):
         if not one_call:
             monkeypatch.setattr(policies._step, "_in_one_pass", lambda rows, exact: None)
         with torch.inference_mode():
-            _, cache = policies.prefill(rows, 5, PROMPT, 10)
+            rows, _, cache = policies.prefill(chosen, PROMPT, 10)
             assert (policies._step._in_one_pass(5, False) is not None) == one_call
             steps = [policies.step(rows, False, tokens + step, cache) for step in range(4)]
         found.append(torch.stack(steps))
@@ -126,12 +126,12 @@ def test_rows_that_follow_are_computed_once_before_the_first_adapted_layer(tiny_
     for seed, method in enumerate(("dpo", "bapo")):
         make_adapter(tiny_base, store, "late", method, seed, layers=[1])
     policies = Policies(tiny_base, 2**20, settings.cache, exact=True)
-    rows = policies.gather([None, *(store.named(name) for name in ("late-dpo", "late-bapo", "late-dpo", "late-bapo"))])
+    chosen = [None, *(store.named(name) for name in ("late-dpo", "late-bapo", "late-dpo", "late-bapo"))]
     found = []
     for given in (leaders, [0, 1, 2, 3, 4]):
         fed = torch.tensor([[7, 8, 9, 10, 11], [30, 20, 10, 5, 4], [1, 2, 3, 4, 5]])[:, leaders or [0, 1, 2, 3, 4]]
         with torch.inference_mode():
-            _, cache = policies.prefill(rows, 5, PROMPT, 10)
+            rows, _, cache = policies.prefill(chosen, PROMPT, 10)
             logits = [policies.step(rows, True, tokens, cache, given) for tokens in fed]
             staying = [0, 1, 3]  # and now nobody says who follows whom: the cache must be whole
             cache.batch_select_indices(torch.tensor(staying))

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from bapo.adapters import Mix
+from bapo.inference import openings
 from bapo.inference.decoding import Row, Sampling, decode
 from bapo.inference.policies import Policies
 from tests.tiny import make_adapter
@@ -35,7 +36,9 @@ def store(llama_base, settings):
     return store
 
 
-def test_random_schedules_give_each_request_its_own_text(llama_base, store, settings):
+def test_random_schedules_give_each_request_its_own_text(llama_base, store, settings, monkeypatch):
+    monkeypatch.setattr(openings, "SHORTEST", 1)
+    monkeypatch.setattr(openings, "HELD_BYTES", 10_000)  # of two or three
     policies = Policies(llama_base, 2**20, settings.cache)
     alone = {}
 

@@ -99,8 +99,7 @@ def _prefill(
     for row in rows:
         if row.policy not in distinct:
             distinct.append(row.policy)
-    weights = policies.gather(distinct)
-    logits, cache = policies.prefill(weights, len(distinct), prompt_ids, new)
+    weights, logits, cache = policies.prefill(distinct, prompt_ids, new)
     origin = [distinct.index(row.policy) for row in rows]
     cache.batch_select_indices(torch.tensor(origin, device=logits.device))
     return weights.select(origin), _wide(logits)[origin], cache

@@ -18,6 +18,7 @@ from bapo.inference.graph_step import GraphStep
 from bapo.inference.kernels import compile_kernels
 from bapo.inference.lora_weights import LoraWeights, read_lora
 from bapo.inference.mixed_lora import MixedModel, RowWeights
+from bapo.inference.openings import Openings, States, fill
 from bapo.inference.products import choose_ways
 from bapo.inference.roomy_cache import roomy_cache
 
@@ -36,6 +37,7 @@ class Policies:
         self.base = base
         self.memory = memory
         self._model = MixedModel.of(base.model)
+        self.openings = Openings(base, cache)
         self._resident: OrderedDict[str, tuple[Adapter, LoraWeights]] = OrderedDict()
         products = self._model.products
         rounded = 2 * sum(product.weight.numel() for product in products)
@@ -89,21 +91,37 @@ class Policies:
                 return self._step(token_ids, cache, rows, exact, leaders)
         return self.forward(rows, exact, input_ids=token_ids[:, None], past_key_values=cache).logits[:, -1]
 
-    def prefill(self, rows: RowWeights, count: int, prompt_ids: Sequence[int], new: int) -> tuple[Tensor, Cache]:
-        """Run a prompt under `count` gathered policies: logits of the next token, [count, vocabulary], and the cache,
-        which will take at most so many `new` tokens.
+    def prefill(
+        self, policies: Sequence[Policy], prompt_ids: Sequence[int], new: int
+    ) -> tuple[RowWeights, Tensor, Cache]:
+        """Run a prompt under different policies: their matrices, logits of the next token, [policies, vocabulary], and
+        the cache, which will take at most so many `new` tokens.
 
-        The layers before the first adapted one are run once: there all rows are the base's.
+        The layers before the first adapted one are run once: there all rows are the base's. And the opening of the
+        chat template is run once for all prompts.
         """
+        rows = self.gather(policies)
         cache = roomy_cache(self.base.model, len(prompt_ids) + new)
-        shared = self._model.first_adapted(rows) if count > 1 else 0
-        copies = self._model.one_row_until(shared, count) if shared else nullcontext()
-        prompt = torch.tensor([prompt_ids] * (1 if shared else count), device=self.base.model.device)
+        shared = self._model.first_adapted(rows) if len(policies) > 1 else 0
+        if known := self.openings.start(prompt_ids, cache):
+            fill(cache, [self._opening(policy) for policy in policies], shared)
+        copies = self._model.one_row_until(shared, len(policies)) if shared else nullcontext()
+        copied = [prompt_ids[known:]] * (1 if shared else len(policies))
+        prompt = torch.tensor(copied, device=self.base.model.device)
         with copies:
             output = self.forward(rows, input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         for layer in cache.layers[:shared]:
-            layer.batch_repeat_interleave(count)
-        return output.logits[:, -1], cache
+            layer.batch_repeat_interleave(len(policies))
+        return rows, output.logits[:, -1], cache
+
+    def _opening(self, policy: Policy) -> States:
+        def compute() -> Cache:
+            ids = self.openings.token_ids
+            cache, prompt = roomy_cache(self.base.model, len(ids)), torch.tensor([ids])
+            self.forward(self.gather([policy]), input_ids=prompt, past_key_values=cache, logits_to_keep=1)
+            return cache
+
+        return self.openings.of(_parts(policy), compute)
 
     def _load(self, adapter: Adapter) -> LoraWeights:
         dtype = torch.promote_types(self.base.model.dtype, torch.float32)  # as PEFT: adapters are never narrower
