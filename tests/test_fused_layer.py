@@ -6,8 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import DynamicCache
 
+from bapo.training import fused_layer, lora_linear
 from bapo.training.fused_layer import FusedLayer, _GatedMlp, fuse_layers
-from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.lora_linear import FusedLoraLinear, live_rows
 from tests.tiny import byte_tokenizer, tiny_model
 
 TARGETS = {
@@ -43,10 +44,13 @@ def both(targets):
     return found
 
 
-def results(decoder, embeddings, **inputs):
+def results(decoder, embeddings, without=(), **inputs):
+    """The output, and the gradients of a loss on which the positions `without` have no influence."""
     torch.manual_seed(2)
     out = decoder(inputs_embeds=embeddings, use_cache=False, **inputs).last_hidden_state
-    (out * torch.randn(out.shape, dtype=out.dtype)).sum().backward()
+    upstream = torch.randn(out.shape, dtype=out.dtype)
+    upstream[:, list(without)] = 0
+    (out * upstream).sum().backward()
     trained = {name: p.grad for name, p in decoder.named_parameters() if p.requires_grad}
     return {"out": out.detach(), **trained}
 
@@ -77,6 +81,38 @@ def test_an_input_that_needs_no_gradient_gets_none_and_the_adapter_gets_its_own(
     plain, fused = both("all-linear")
     embeddings = torch.randn(1, 6, 32, dtype=torch.float64)
     assert_alike(results(fused, embeddings), results(plain, embeddings))
+
+
+def test_rows_without_a_gradient_are_left_out(monkeypatch):
+    """Causal attention: the last two of six positions get none in any layer; the first gets its own through the others
+    in the first layer alone."""
+    taken = []
+
+    def spied(*upstreams):
+        rows = live_rows(*upstreams)
+        taken.append(rows.tolist())
+        return rows
+
+    for module in (fused_layer, lora_linear):
+        monkeypatch.setattr(module, "live_rows", spied)
+    plain, fused = both("all-linear")
+    every = []
+    for decoder in (plain, fused):
+        embeddings = torch.randn(1, 6, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        embeddings.requires_grad_()
+        every.append(results(decoder, embeddings, without=[0, 4, 5]) | {"embeddings": embeddings.grad})
+    assert_alike(every[1], every[0])
+    assert (every[1]["embeddings"][:, 4:] == 0).all()
+    late, early = [[1, 2, 3]] * 2, [[0, 1, 2, 3]]
+    assert taken == late + early * 4, "MLP, output, then query with keys and values, of the last layer first"
+
+
+def test_a_loss_that_depends_on_nothing_gives_zeros():
+    _, fused = both("all-linear")
+    embeddings = torch.randn(1, 4, 32, dtype=torch.float64, requires_grad=True)
+    found = results(fused, embeddings, without=range(4))
+    assert all((gradient == 0).all() for name, gradient in found.items() if name != "out")
+    assert (embeddings.grad == 0).all()
 
 
 def test_a_cache_takes_the_librarys_way():

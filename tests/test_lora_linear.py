@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.lora_linear import FusedLoraLinear, live_rows
 
 
 class Two(nn.Module):
@@ -39,10 +39,13 @@ def both(dtype=torch.float64):
     return models
 
 
-def test_values_and_gradients_equal_pefts():
+@pytest.mark.parametrize("without", [[], [1, 2, 4], [0, 1, 2, 3, 4]])
+def test_values_and_gradients_equal_pefts(without):
+    """Also where the loss does not depend on some positions, of which the way back is left out."""
     plain, fused = both()
     x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(2, 5, 7, dtype=torch.float64)
+    upstream[:, without] = 0
     values, grads = [], []
     for model in (plain, fused):
         x.grad = None
@@ -54,6 +57,15 @@ def test_values_and_gradients_equal_pefts():
     assert len(grads[0]) == len(grads[1]) == 5
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_what_counts_as_a_gradient():
+    rows = torch.zeros(7, 3)
+    rows[1, 2], rows[3, 0], rows[4, 1], rows[6, 2] = 1e-38, torch.nan, -torch.inf, -1e-45
+    assert live_rows(rows).tolist() == [1, 3, 4, 6]
+    assert live_rows(torch.zeros(7, 2), rows).tolist() == [1, 3, 4, 6], "in any of them"
+    assert live_rows(torch.ones(7, 2), rows) is None
+    assert live_rows(torch.zeros(7, 2)).tolist() == []
 
 
 @pytest.mark.parametrize("state", ["disabled", "merged", "half"])

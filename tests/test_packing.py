@@ -200,11 +200,14 @@ def test_token_logps_and_their_gradient_against_the_whole_softmax():
 @pytest.mark.parametrize(
     "tree", [[[3, 2, 5]], [[0, 4], [2, 1, 1, 3]]], ids=["one group", "two groups, one without a prefix"]
 )
-def test_the_cpus_way_back_through_a_tree_is_autograds(tree):
+@pytest.mark.parametrize("without", [slice(0), slice(3, 5), slice(0, 3), slice(None)])
+def test_the_cpus_way_back_through_a_tree_is_autograds(tree, without):
+    """Also where the loss does not depend on some positions: of such a branch it is left out."""
     torch.manual_seed(0)
     total = sum(map(sum, tree))
     states = [torch.randn(2, heads, total, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)]
     upstream = torch.randn(2, total, 6, 8, dtype=torch.float64)
+    upstream[:, without] = 0
     results = []
     for attend in (_TreeAttention.apply, _attend_by_segment):
         output = attend(*states, 0.3, tree)

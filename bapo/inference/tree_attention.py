@@ -124,7 +124,11 @@ class _TreeAttention(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         query, key, value, output, *sums = ctx.saved_tensors
         to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        live = torch.linalg.vector_norm(upstream, 1, dim=(0, 2, 3)) != 0
         for (prefix, own), logsumexp in zip(_segments(ctx.tree), sums, strict=True):
+            if not live[own].any():  # a response on which the loss does not depend
+                to_query[:, :, own] = 0
+                continue
             part, keys, values, mask = _inputs(query, key, value, prefix, own)
             above, attended = (_below(states.transpose(1, 2)[:, :, own], key.shape[1]) for states in (upstream, output))
             of_part, of_keys, of_values = CPU_ATTENTION_BACKWARD(

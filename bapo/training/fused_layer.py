@@ -10,7 +10,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, eager_attention_forward
 
-from bapo.training.lora_linear import FusedLoraLinear
+from bapo.training.lora_linear import FusedLoraLinear, live_rows, spread
 
 
 class FusedLayer(LlamaDecoderLayer):
@@ -81,7 +81,7 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [tokens, heads · width] by angles of [tokens, width], whose halves are the same."""
     half = cos.shape[1] // 2
     cos, sin = cos[:, None, :half], sin[:, None, :half]
-    heads = states.reshape(len(cos), -1, 2 * half)
+    heads = states.reshape(len(cos), states.shape[1] // (2 * half), 2 * half)
     rotated = torch.empty_like(heads)
     (a, b), (to_a, to_b) = heads.split(half, dim=2), rotated.split(half, dim=2)
     torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
@@ -111,6 +111,10 @@ class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
     def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
         x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b = ctx.saved_tensors
+        count, rows = len(x), live_rows(query, key, value)
+        if rows is not None:
+            x, scale, cos, sin, narrow = x[rows], scale[rows], cos[rows], sin[rows], narrow[rows]
+            query, key, value = query[rows], key[rows], value[rows]
         query, key = _rotate(query, cos, -sin), _rotate(key, cos, -sin)
         ranks = [len(a) for a in (q_a, k_a, v_a)]
         upstreams, scalings = (query, key, value), ctx.scalings
@@ -118,7 +122,7 @@ class _QueryKeyValue(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad = (query @ q_w).addmm_(key, k_w).addmm_(value, v_w).addmm_(inner, torch.cat([q_a, k_a, v_a]))
-            grad_x = _normalise_backward(grad, x, gain, scale)
+            grad_x = spread(_normalise_backward(grad, x, gain, scale), rows, count)
         q_grad_a, k_grad_a, v_grad_a = _grad_a(inner, x, gain, scale).split(ranks)
         q_grad_b, k_grad_b, v_grad_b = map(_grad_b, narrow.split(ranks, dim=1), upstreams, scalings)
         return (
@@ -158,6 +162,10 @@ class _GatedMlp(torch.autograd.Function):
         gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = weights
         gate_s, up_s, down_s = ctx.scalings
         rank = len(gate_a)
+        count, rows = len(x), live_rows(upstream)
+        if rows is not None:
+            x, scale, gate, up, narrow = x[rows], scale[rows], gate[rows], up[rows], narrow[rows]
+            down_narrow, upstream = down_narrow[rows], upstream[rows]
         down_inner = (upstream @ down_b).mul_(down_s)
         grad_inside = (upstream @ down_w).addmm_(down_inner, down_a)
         activated = F.silu(gate)
@@ -168,7 +176,7 @@ class _GatedMlp(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad = (grad_gate @ gate_w).addmm_(grad_up, up_w).addmm_(inner, torch.cat([gate_a, up_a]))
-            grad_x = _normalise_backward(grad, x, gain, scale).add_(upstream)
+            grad_x = spread(_normalise_backward(grad, x, gain, scale).add_(upstream), rows, count)
         grad_a = _grad_a(inner, x, gain, scale)
         return (
             *(grad_x, None, None),
