@@ -53,11 +53,13 @@ class Side:
     def __init__(self, trainer: DPOTrainer, steps: list[list[dict]], tokens: Callable[[dict], int]):
         self.trainer, self.tokens = trainer, tokens
         self.steps = [[trainer.data_collator(part) for part in _micro_batches(trainer, step)] for step in steps]
+        self.predicting: list[int] = []  # of the last step: predicting positions that had a gradient
         self.optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad], lr=1e-5)
         trainer.model.train()
 
     def take(self, step: int) -> float:
         """Seconds of one optimiser step."""
+        self.predicting.clear()
         start = time.perf_counter()
         for batch in self.steps[step]:
             # BAPOTrainer goes backwards after every packed sequence, as its training step does.
@@ -133,7 +135,14 @@ def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
     )  # fmt: skip
     if not packed:
         trainer.data_collator = padded_triples
-    return Side(trainer, steps_rows, computed_tokens)
+    side = Side(trainer, steps_rows, computed_tokens)
+    if packed:  # a slack anchor's response has no gradient
+
+        def count(gradient: torch.Tensor) -> None:
+            side.predicting.append(int(gradient.any(-1).sum()))
+
+        trainer.model.get_decoder().norm.register_forward_hook(lambda *called: called[-1].register_hook(count) and None)
+    return side
 
 
 def padded_triples(examples: list[dict]) -> dict:
@@ -165,13 +174,14 @@ def matrix_rate() -> float:
 
 
 def model_gflop(side: Side, step: int) -> float:
-    """Products with the model's weights that training a LoRA needs: once forwards, once backwards for the inputs."""
-    model, gflop = side.trainer.model, 0.0
+    """Products with the model's weights that the last step needed to train a LoRA: once forwards, and once backwards
+    for the inputs that have a gradient."""
+    model = side.trainer.model
     head = model.get_output_embeddings().weight.numel()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) - head
-    for batch in side.steps[step]:
-        gflop += 4 * (linear * computed_tokens(batch) + head * predicted_tokens(batch)) / 1e9
-    return gflop
+    computed, predicted = (sum(map(count, side.steps[step])) for count in (computed_tokens, predicted_tokens))
+    backwards = computed - predicted + sum(side.predicting)
+    return (2 * linear * (computed + backwards) + 4 * head * predicted) / 1e9
 
 
 def peak_megabytes(name: str, file: Path, batch_size: int) -> float:
