@@ -1,5 +1,6 @@
 """The opening of the chat template is run once per policy, and nobody can tell."""
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -144,6 +145,17 @@ def test_neither_a_full_disk_nor_a_removed_adapter_stops_an_answer(base, adapter
     policies.require(adapters)
     (adapters[0].folder / WEIGHTS).unlink()
     assert answers(policies, adapters, prompt) == first
+
+
+def test_a_file_that_cannot_be_written_stops_no_answer(base, adapters, settings):
+    prompt = base.encode_prompt("why?")
+    first = answers(opened(base, settings), adapters, prompt)
+    files = list((settings.cache / "openings").iterdir())
+    for file in files:
+        file.unlink()
+        file.with_suffix(f".{os.getpid()}").mkdir()
+    assert answers(opened(base, settings), adapters, prompt) == first
+    assert not any(file.exists() for file in files)
 
 
 def test_mixes_are_kept_in_memory_alone(base, adapters, settings, monkeypatch):

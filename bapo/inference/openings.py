@@ -79,7 +79,7 @@ class Openings:
             found = load_file(file)
             return States(found["keys"], found["values"])
         states = _states(compute())
-        with suppress(OSError):  # a full disk costs time, no answer
+        with suppress(OSError, SafetensorError):  # a full disk costs time, no answer
             self._folder.mkdir(parents=True, exist_ok=True)
             scratch = file.with_suffix(f".{os.getpid()}")
             save_file(states._asdict(), scratch)
