@@ -23,22 +23,28 @@ from numba.extending import intrinsic
 FREEDOM = {"reassoc", "contract"}
 SHARES = 2 * torch.get_num_threads()  # of the outputs: a thread that is late takes fewer
 
-AHEAD = 3  # lines of a weight that are asked for before their turn
-CACHE_LINE = 64  # bytes
+SUMS = 8  # side by side in a register
+PIECE = 2 * SUMS  # columns that fill a register as 16-bit integers
+SPAN = 8 * SUMS  # columns whose products are added up in 32 bits: 8 products a sum, which fit if they are of at most
+LARGEST_WEIGHT, LARGEST_INPUT = 8191, 32767
+AHEAD = 4096  # bytes of a weight that are asked for before their turn
+FLOAT, INDEX, WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
 def multiply(weight, scale, x, a, b, places, out, shares):
     """out[m, n] = scale[n] · Σ_k weight[n, k] · x[m, k] + Σ_r (Σ_k x[m, k] · a[p, r, k]) · b[p, r, n], p = places[m].
 
-    `weight` is [N, K] float32 or int16; the others are float32: `scale` [N], `x` [M, K], `out` [M, N], and the
-    LoRA matrices `a` [P, rank, K] and `b` [P, rank, N]; P may be 0. A row at no place (−1) has none. All
-    contiguous. The outputs are computed in so many `shares`.
+    `weight` is [N, K] float32, or int16 up to ±`LARGEST_WEIGHT`, with which x is rounded to integers too; the others
+    are float32: `scale` [N], `x` [M, K], `out` [M, N], and the LoRA matrices `a` [P, rank, K] and `b` [P, rank, N]; P
+    may be 0. A row at no place (−1) has none. All contiguous. The outputs are computed in so many `shares`.
     """
     rows, width = x.shape
     outputs, rank = len(weight), a.shape[1] if len(a) else 0
-    # Where multiplying takes longer than reading, the processor by itself does not read on meanwhile.
-    busy = rows > 2 and weight.itemsize == 2
+    integers = weight.itemsize == 2
+    rounded, steps = np.empty((rows if integers else 0, width), np.int16), np.ones(rows, np.float32)
+    if integers:
+        _round(x, rounded, steps)
     inner = np.zeros((rows, rank), np.float32)
     if rank:
         for unit in prange(rows * rank):
@@ -53,10 +59,7 @@ def multiply(weight, scale, x, a, b, places, out, shares):
         first, last = outputs * share // shares, outputs * (share + 1) // shares
         half = (last - first + 1) // 2
         for n in range(first, first + half):
-            if busy:
-                _fetch(weight, n + AHEAD)
-                _fetch(weight, n + half + AHEAD)
-            _row_dots(weight, scale, x, out, n, min(n + half, last - 1))
+            _row_dots(weight, scale, x, rounded, steps, out, n, min(n + half, last - 1))
         for m in range(rows if rank else 0):
             if places[m] >= 0:
                 sums = out[m, first:last]
@@ -66,34 +69,130 @@ def multiply(weight, scale, x, a, b, places, out, shares):
                         sums[n] += factor * line[n]
 
 
-def _to_prefetch(typing_context, array, n, k):
-    def build(context, builder, signature, arguments):
-        held = context.make_array(signature.args[0])(context, builder, arguments[0])
-        row = builder.mul(arguments[1], cgutils.unpack_tuple(builder, held.strides)[0])
-        column = builder.mul(arguments[2], held.itemsize)
-        start = builder.bitcast(held.data, cgutils.voidptr_t)
-        place = builder.gep(start, [builder.add(row, column)])
-        word = ir.IntType(32)
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, word, word, word])
-        prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-        builder.call(prefetch, [place, word(0), word(2), word(1)])  # to read, into the second level, data
-        return context.get_dummy_value()
+@njit(nogil=True)
+def _round(x, rounded, steps):
+    """x[m] ≈ rounded[m] · steps[m], the step being the row's largest ÷ `LARGEST_INPUT`. With an infinity or a NaN in
+    the row the step is one too, and whatever is multiplied with it."""
+    bits = x.view(np.int32)  # a float's order is that of its bits, and the compiler finds the largest integer faster
+    for m in range(len(x)):
+        largest = np.float32(1e-30).view(np.int32)
+        for k in range(x.shape[1]):
+            largest = max(largest, bits[m, k] & np.int32(0x7FFFFFFF))
+        top = np.int32(largest).view(np.float32)
+        steps[m], factor = top / np.float32(LARGEST_INPUT), np.float32(LARGEST_INPUT) / top
+        for k in range(x.shape[1]):
+            shifted = x[m, k] * factor + np.float32(3 << 22)  # the last bits are the nearest integer
+            rounded[m, k] = np.float32(shifted).view(np.int32) - np.float32(3 << 22).view(np.int32)
 
-    return types.void(array, n, k), build
+
+def _dots_of(rows):
+    """dots(weight, n, o, x, rounded, m): lines n and o of the weight times `rows` rows of x from row m on; two sums for
+    the first row, two for the second, …, float32. An int16 weight is multiplied with `rounded` in place of x. Columns
+    that do not fill a `PIECE` are left out.
+
+    A piece of a line is loaded once for all rows, and of a row once for both lines. This is in the compiler's own terms
+    for two reasons: processors add two products of 16-bit integers in one instruction, which it does not find in
+    a loop; and what is needed later must be asked for evenly, between the products, or all wait for it.
+    """
+
+    def to_dots(typing_context, weight, n, o, x, rounded, m):
+        integers = weight.dtype == types.int16
+        piece = ir.VectorType(ir.IntType(16), PIECE) if integers else ir.VectorType(FLOAT, SUMS)
+        item = weight.dtype.bitwidth // 8
+
+        def build(context, builder, signature, arguments):
+            arrays = [context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 3, 4)]
+            weights, inputs = arrays[0], arrays[2 if integers else 1]
+            width = cgutils.unpack_tuple(builder, weights.shape)[1]
+            lines = [(weights, arguments[1]), (weights, arguments[2])]
+            lines += [(inputs, builder.add(arguments[5], INDEX(row))) for row in range(rows)]
+            starts = [builder.gep(array.data, [builder.mul(number, width)]) for array, number in lines]
+
+            def loop(first, last, step):
+                return cgutils.for_range_slice(builder, first, last, INDEX(step), INDEX)
+
+            def zeros(kind):
+                zero = ir.Constant(ir.VectorType(kind, SUMS), None)
+                return [cgutils.alloca_once_value(builder, zero) for _ in range(2 * rows)]
+
+            def add(sums, values):
+                for place, value in zip(sums, values, strict=True):
+                    builder.store(_plus(builder, builder.load(place), value), place)
+
+            totals = zeros(FLOAT)
+            whole = builder.and_(width, INDEX(-PIECE))
+            with loop(INDEX(0), whole, SPAN) as (first, _):
+                last = builder.add(first, INDEX(SPAN))
+                last = builder.select(builder.icmp_signed("<", last, whole), last, whole)
+                sums = zeros(WORD if integers else FLOAT)
+                with loop(first, last, piece.count) as (k, _):
+                    for line in starts[:2]:
+                        _prefetch(builder, builder.gep(line, [builder.add(k, INDEX(AHEAD // item))]))
+                    pointers = [builder.bitcast(builder.gep(line, [k]), piece.as_pointer()) for line in starts]
+                    loaded = [builder.load(pointer, align=item) for pointer in pointers]
+                    add(sums, [_times(builder, line, row) for row in loaded[2:] for line in loaded[:2]])
+                add(totals, [_float(builder, builder.load(place)) for place in sums])
+            return context.make_tuple(builder, signature.return_type, [_sum(builder, place) for place in totals])
+
+        return types.UniTuple(types.float32, 2 * rows)(weight, n, o, x, rounded, m), build
+
+    return intrinsic(to_dots)
 
 
-_prefetch: Any = intrinsic(_to_prefetch)
+def _times(builder, line, row):
+    """The products of two pieces, added up to `SUMS`."""
+    if line.type.element == FLOAT:
+        return builder.fmul(line, row, flags=sorted(FREEDOM))
+    wide = ir.VectorType(WORD, PIECE)
+    products = builder.mul(builder.sext(line, wide), builder.sext(row, wide))
+    halves = [ir.Constant(ir.VectorType(WORD, SUMS), list(range(first, PIECE, 2))) for first in (0, 1)]
+    return builder.add(*(builder.shuffle_vector(products, products, half) for half in halves))
+
+
+def _plus(builder, one, other):
+    return builder.fadd(one, other, flags=sorted(FREEDOM)) if one.type.element == FLOAT else builder.add(one, other)
+
+
+def _float(builder, sums):
+    return sums if sums.type.element == FLOAT else builder.sitofp(sums, ir.VectorType(FLOAT, SUMS))
+
+
+def _sum(builder, place):
+    kind = ir.FunctionType(FLOAT, [FLOAT, ir.VectorType(FLOAT, SUMS)])
+    add = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.fadd.v{SUMS}f32")
+    return builder.call(add, [FLOAT(0.0), builder.load(place)], fastmath=sorted(FREEDOM))
+
+
+def _prefetch(builder, place):
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, WORD, WORD, WORD])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+    # To read, into the second level, data. It may lie behind the last line: nothing is read there.
+    builder.call(prefetch, [builder.bitcast(place, cgutils.voidptr_t), WORD(0), WORD(2), WORD(1)])
+
+
+def _group_of(size):
+    dots: Any = _dots_of(size)
+
+    @njit(inline="always")
+    def group(weight, scale, x, rounded, steps, out, m, n, o):
+        sums = dots(weight, n, o, x, rounded, m)
+        width = x.shape[1]
+        for row in range(size):
+            i, one, other = m + row, sums[2 * row], sums[2 * row + 1]
+            for k in range(width - width % PIECE, width):
+                y = np.float32(rounded[i, k]) if weight.itemsize == 2 else x[i, k]
+                one += weight[n, k] * y
+                other += weight[o, k] * y
+            out[i, n], out[i, o] = one * steps[i] * scale[n], other * steps[i] * scale[o]
+
+    return group
+
+
+_one, _two, _three, _four, _five = (_group_of(size) for size in range(1, 6))
 
 
 @njit(inline="always")
-def _fetch(weight, n):
-    """Ask for line n, which may lie behind the last: reading then goes on while the lines before it are multiplied."""
-    for k in range(0, weight.shape[1], CACHE_LINE // weight.itemsize):
-        _prefetch(weight, n, k)
-
-
-@njit(inline="always")
-def _row_dots(weight, scale, x, out, n, o):
+def _row_dots(weight, scale, x, rounded, steps, out, n, o):
     """Outputs n and o of every row. Two at a time, or loading x takes longer than multiplying; and from lines far
     apart, as a processor fetches two streams ahead but not one that goes to and fro between neighbours."""
     rows = x.shape[0]
@@ -102,115 +201,20 @@ def _row_dots(weight, scale, x, out, n, o):
     while m < rows:
         left = rows - m
         if left == 5:
-            _five(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
+            _five(weight, scale, x, rounded, steps, out, m, n, o)
             m += 5
         elif left == 4 or left > 6:
-            _four(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
+            _four(weight, scale, x, rounded, steps, out, m, n, o)
             m += 4
         elif left == 3 or left == 6:
-            _three(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
+            _three(weight, scale, x, rounded, steps, out, m, n, o)
             m += 3
         elif left == 2:
-            _two(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
+            _two(weight, scale, x, rounded, steps, out, m, n, o)
             m += 2
         else:
-            _one(weight[n], weight[o], scale[n], scale[o], x, out, m, n, o)
+            _one(weight, scale, x, rounded, steps, out, m, n, o)
             m += 1
-
-
-@njit(inline="always")
-def _one(line, other, factor, factor_other, x, out, m, n, o):
-    a = p = np.float32(0)
-    for k in range(line.shape[0]):
-        v, w = np.float32(line[k]), np.float32(other[k])
-        y = x[m, k]
-        a += v * y
-        p += w * y
-    out[m, n], out[m, o] = a * factor, p * factor_other
-
-
-@njit(inline="always")
-def _two(line, other, factor, factor_other, x, out, m, n, o):
-    a = b = p = q = np.float32(0)
-    for k in range(line.shape[0]):
-        v, w = np.float32(line[k]), np.float32(other[k])
-        y = x[m, k]
-        a += v * y
-        p += w * y
-        y = x[m + 1, k]
-        b += v * y
-        q += w * y
-    out[m, n], out[m, o] = a * factor, p * factor_other
-    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
-
-
-@njit(inline="always")
-def _three(line, other, factor, factor_other, x, out, m, n, o):
-    a = b = c = p = q = r = np.float32(0)
-    for k in range(line.shape[0]):
-        v, w = np.float32(line[k]), np.float32(other[k])
-        y = x[m, k]
-        a += v * y
-        p += w * y
-        y = x[m + 1, k]
-        b += v * y
-        q += w * y
-        y = x[m + 2, k]
-        c += v * y
-        r += w * y
-    out[m, n], out[m, o] = a * factor, p * factor_other
-    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
-    out[m + 2, n], out[m + 2, o] = c * factor, r * factor_other
-
-
-@njit(inline="always")
-def _four(line, other, factor, factor_other, x, out, m, n, o):
-    a = b = c = d = p = q = r = s = np.float32(0)
-    for k in range(line.shape[0]):
-        v, w = np.float32(line[k]), np.float32(other[k])
-        y = x[m, k]
-        a += v * y
-        p += w * y
-        y = x[m + 1, k]
-        b += v * y
-        q += w * y
-        y = x[m + 2, k]
-        c += v * y
-        r += w * y
-        y = x[m + 3, k]
-        d += v * y
-        s += w * y
-    out[m, n], out[m, o] = a * factor, p * factor_other
-    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
-    out[m + 2, n], out[m + 2, o] = c * factor, r * factor_other
-    out[m + 3, n], out[m + 3, o] = d * factor, s * factor_other
-
-
-@njit(inline="always")
-def _five(line, other, factor, factor_other, x, out, m, n, o):
-    a = b = c = d = e = p = q = r = s = t = np.float32(0)
-    for k in range(line.shape[0]):
-        v, w = np.float32(line[k]), np.float32(other[k])
-        y = x[m, k]
-        a += v * y
-        p += w * y
-        y = x[m + 1, k]
-        b += v * y
-        q += w * y
-        y = x[m + 2, k]
-        c += v * y
-        r += w * y
-        y = x[m + 3, k]
-        d += v * y
-        s += w * y
-        y = x[m + 4, k]
-        e += v * y
-        t += w * y
-    out[m, n], out[m, o] = a * factor, p * factor_other
-    out[m + 1, n], out[m + 1, o] = b * factor, q * factor_other
-    out[m + 2, n], out[m + 2, o] = c * factor, r * factor_other
-    out[m + 3, n], out[m + 3, o] = d * factor, s * factor_other
-    out[m + 4, n], out[m + 4, o] = e * factor, t * factor_other
 
 
 @njit(fastmath=FREEDOM, nogil=True, cache=True)

@@ -2,10 +2,11 @@
 
 Up to `FEW` rows a product is bound by reading the weight, and up to `MANY` matrix libraries lose much of their time
 on arranging it; which way is fastest depends on the processor, so every way is timed once per shape and the choice
-kept on the disk. One of the ways reads the weight as 16-bit integers with a scale per output ("compact"): half the
-bytes, and closer to float32 than bfloat16 is.
+kept on the disk. One of the ways reads the weight as 16-bit integers with a scale per output ("compact") and multiplies
+integers: half the bytes, several products in one instruction, and closer to float32 than bfloat16 is.
 """
 
+import hashlib
 import platform
 import statistics
 import time
@@ -20,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bapo.disk_cache import DiskCache
-from bapo.inference.kernels import SHARES, multiply
+from bapo.inference import kernels
+from bapo.inference.kernels import LARGEST_WEIGHT, SHARES, multiply
 
 FEW, MANY = 8, 256
 TIMED_FEW, TIMED_MANY = (1, 2, 3, 5, FEW), (16, 32, 64, 128, MANY)
 REPEATS = 3
 SAMPLE = 3  # products of a shape that are timed at more than `FEW` rows: there reading the weights matters less
 SMALL = 2**18  # weights of one shape below which no way takes time worth a choice
-LARGEST = 2**15 - 1
 
 LINEAR, TRANSPOSED, ONE_PASS, COMPACT = "linear", "transposed", "one pass", "compact"
 MANY_ROWS_WAYS = (LINEAR, TRANSPOSED)
@@ -90,8 +91,8 @@ class Product:
         return COMPACT in self.ways
 
     def make_compact(self) -> None:
-        """Keep a copy of the weight in 16-bit integers, to the nearest multiple of the row's largest ÷ 32767."""
-        scale = self.weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
+        """Keep a copy of the weight in 16-bit integers, to the nearest multiple of the row's largest ÷ 8191."""
+        scale = self.weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_WEIGHT
         self._compact = (self.weight / scale[:, None]).round_().to(torch.int16).numpy(), scale.numpy()
 
     def drop_compact(self) -> None:
@@ -140,11 +141,12 @@ def choose_ways(products: Sequence[Product], cache: Path, compact: bool) -> None
     """Time the ways on every shape among `products`, at every number of rows, and let each take the fastest.
 
     With `compact` the rounded weights take part. Small products are done in one pass, untimed. Choices are
-    remembered in `cache` for this machine and these versions: which way is taken decides the last bits of a
-    result, so it must not change by chance.
+    remembered in `cache` for this machine, these versions and these kernels: which way is taken decides the last bits
+    of a result, so it must not change by chance.
     """
     known = DiskCache(cache / "products")
-    machine = [platform.processor() or platform.machine(), torch.__version__, numba.__version__]
+    own = hashlib.sha256(Path(kernels.__file__).read_bytes()).hexdigest()
+    machine = [platform.processor() or platform.machine(), torch.__version__, numba.__version__, own]
     by_shape: dict[tuple[int, int], list[Product]] = {}
     for product in products:
         if product.special:
