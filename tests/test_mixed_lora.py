@@ -218,9 +218,11 @@ def test_the_kernel_equals_the_product_written_plainly(rows, kind, rank, width):
     x = random.integers(-32767, 32768, (rows, width)).astype(np.float32) / 2**13
     x[:, 5] = 32767 / 2**13  # as the largest it makes of all others integers that are not rounded
     a, b = (random.normal(size=(3, rank, size)).astype(np.float32) for size in (width, 37))
-    places = random.integers(-1, 3, rows)
+    places, spans = random.integers(-1, 3, rows), np.tile([0, 37], (3, rank, 1))
+    if rank:  # one line of each matrix holds something in some columns only, and one nothing
+        b[:, 0, :9], b[:, 0, 20:], b[:, 2], spans[:, 0], spans[:, 2] = 0, 0, 0, (9, 20), 0
     out = np.empty((rows, 37), np.float32)
-    multiply(weight, scale, x, a, b, places, out, 3)
+    multiply(weight, scale, x, a, b, spans, places, out, 3)
     wide = x.astype(np.float64)
     expected = wide @ weight.T.astype(np.float64) * scale
     for m, place in enumerate(places):
@@ -230,8 +232,9 @@ def test_the_kernel_equals_the_product_written_plainly(rows, kind, rank, width):
 
 
 def integer_product(weight, x):
-    none, out = np.empty((0, 0, 0), np.float32), np.empty((len(x), len(weight)), np.float32)
-    multiply(weight, np.ones(len(weight), np.float32), x, none, none, np.empty(0, np.int64), out, SHARES)
+    none, nowhere = np.empty((0, 0, 0), np.float32), np.empty(0, np.int64)
+    scale, out = np.ones(len(weight), np.float32), np.empty((len(x), len(weight)), np.float32)
+    multiply(weight, scale, x, none, none, nowhere.reshape(0, 0, 2), nowhere, out, SHARES)
     return out
 
 
@@ -295,7 +298,8 @@ def test_the_attention_kernel_equals_the_library(position):
 def test_every_way_gives_the_same_product(bias, shape):
     linear = torch.nn.Linear(48, 20, bias=bias)
     places = np.array([1, -1, 0, 1, 1])[: shape[0]]
-    x, lora = torch.randn(shape), Lora(torch.randn(2, 2, 48), torch.randn(2, 2, 20), places)
+    whole = np.tile([0, 20], (2, 2, 1))
+    x, lora = torch.randn(shape), Lora(torch.randn(2, 2, 48), torch.randn(2, 2, 20), whole, places)
     product = Product(linear.weight.detach(), linear.bias.detach() if bias else None)
     with torch.no_grad():
         expected = linear(x)

@@ -109,13 +109,13 @@ class DecoderStep:
         angles = self._rotary(x[None], (position - starts)[:, None])
         cos, sin = (part.expand(len(x), -1, -1)[:, 0].contiguous().numpy() for part in angles)
         rotation = position, starts.numpy(), cos, sin
-        buffers = [[buffer.numpy() for buffer in kept.append_one()] for kept in cache.layers]
+        buffers = [kept.append_one() for kept in cache.layers]
         weights = self._in_one_pass(len(x), exact)
         if weights is None:
             x = self._layer_by_layer(x, buffers, rotation)
         else:
-            cache_table = np.array([[k.ctypes.data, v.ctypes.data, k.shape[2]] for k, v in buffers])
-            first, heads = self._layers[0], buffers[0][0].shape[1::2]
+            cache_table = np.array([(k.data_ptr(), v.data_ptr(), k.shape[2]) for k, v in buffers])
+            first, heads = self._layers[0], tuple(buffers[0][0].shape[1::2])
             loras, alike = self._lora_table(rows)
             copies = _copies(alike, len(x), leaders)
             run_layers(
@@ -135,13 +135,14 @@ class DecoderStep:
         """Whether every layer attends to all that came before."""
         return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
 
-    def _layer_by_layer(self, x: Tensor, buffers: list[list[np.ndarray]], rotation: tuple) -> Tensor:
+    def _layer_by_layer(self, x: Tensor, buffers: list[list[Tensor]], rotation: tuple) -> Tensor:
         """What `run_layers` does, with each product in its own way."""
         position, starts, cos, sin = rotation
         for layer, (keys, values) in zip(self._layers, buffers, strict=True):
             states = layer.query_key_value.joined(layer.attention_norm(x)).contiguous()
             attended = torch.empty(len(x), layer.out.in_features)
-            attend(states.numpy(), cos, sin, keys, values, position, starts, layer.scaling, attended.numpy())
+            cached = keys.numpy(), values.numpy()
+            attend(states.numpy(), cos, sin, *cached, position, starts, layer.scaling, attended.numpy())
             x = x + layer.out.joined(attended)
             gate, up = layer.gate_up.joined(layer.mlp_norm(x)).chunk(2, -1)
             x = x + layer.down.joined(layer.activate(gate) * up)
@@ -158,12 +159,12 @@ class DecoderStep:
     def _lora_table(self, rows: RowWeights) -> tuple[np.ndarray, int]:
         """`loras` of `run_layers`, made anew when the rows are others, and the first layer that has any."""
         if rows is not self._loras[0]:
-            table = np.zeros((len(self._layers), 4, 5), np.int64)
+            table = np.zeros((len(self._layers), 4, 6), np.int64)
             for n, layer in enumerate(self._layers):
                 for part, linear in enumerate(layer.linears):
                     if lora := rows.layers[linear.index]:
-                        addresses = lora.a.data_ptr(), lora.b.data_ptr(), lora.places.ctypes.data
-                        table[n, part] = *addresses, *lora.a.shape[:2]
+                        matrices = lora.a.data_ptr(), lora.b.data_ptr()
+                        table[n, part] = *matrices, lora.spans.ctypes.data, lora.places.ctypes.data, *lora.a.shape[:2]
             self._loras = rows, table, int(table.any((1, 2)).argmax())
         return self._loras[1:]
 

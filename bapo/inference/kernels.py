@@ -32,12 +32,13 @@ FLOAT, INDEX, WORD = ir.FloatType(), ir.IntType(64), ir.IntType(32)
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
-def multiply(weight, scale, x, a, b, places, out, shares):
+def multiply(weight, scale, x, a, b, spans, places, out, shares):
     """out[m, n] = scale[n] · Σ_k weight[n, k] · x[m, k] + Σ_r (Σ_k x[m, k] · a[p, r, k]) · b[p, r, n], p = places[m].
 
     `weight` is [N, K] float32, or int16 up to ±`LARGEST_WEIGHT`, with which x is rounded to integers too; the others
     are float32: `scale` [N], `x` [M, K], `out` [M, N], and the LoRA matrices `a` [P, rank, K] and `b` [P, rank, N]; P
-    may be 0. A row at no place (−1) has none. All contiguous. The outputs are computed in so many `shares`.
+    may be 0. Line r of b[p] is zero but for the columns `spans`[p, r], from and to. A row at no place (−1) has no
+    LoRA. All contiguous. The outputs are computed in so many `shares`.
     """
     rows, width = x.shape
     outputs, rank = len(weight), a.shape[1] if len(a) else 0
@@ -49,7 +50,7 @@ def multiply(weight, scale, x, a, b, places, out, shares):
     if rank:
         for unit in prange(rows * rank):
             m, r = unit // rank, unit % rank
-            if places[m] >= 0:
+            if places[m] >= 0 and spans[places[m], r, 1]:
                 line = a[places[m], r]
                 total = np.float32(0)
                 for k in range(width):
@@ -62,9 +63,9 @@ def multiply(weight, scale, x, a, b, places, out, shares):
             _row_dots(weight, scale, x, rounded, steps, out, n, min(n + half, last - 1))
         for m in range(rows if rank else 0):
             if places[m] >= 0:
-                sums = out[m, first:last]
                 for r in range(rank):
-                    factor, line = inner[m, r], b[places[m], r, first:last]
+                    start, stop = max(first, spans[places[m], r, 0]), min(last, spans[places[m], r, 1])
+                    factor, sums, line = inner[m, r], out[m, start:stop], b[places[m], r, start:stop]
                     for n in range(sums.shape[0]):  # from 0, or the loop is not vectorised
                         sums[n] += factor * line[n]
 
@@ -336,15 +337,16 @@ _pointer: Any = intrinsic(_to_pointer)  # an address, int64, as what `carray` ma
 def _product(x, weight, scale, compact, shape, lora, out, shares):
     """`multiply` with everything but x and out given by address, as `run_layers` has it."""
     outputs, width = shape[0], shape[1]
-    policies, rank = lora[3], lora[4]
+    policies, rank = lora[4], lora[5]
     a = carray(_pointer(lora[0]), (policies, rank, width), np.float32)
     b = carray(_pointer(lora[1]), (policies, rank, outputs), np.float32)
-    places = carray(_pointer(lora[2]), (len(x) if policies else 0,), np.int64)
+    spans = carray(_pointer(lora[2]), (policies, rank, 2), np.int64)
+    places = carray(_pointer(lora[3]), (len(x) if policies else 0,), np.int64)
     scales = carray(_pointer(scale), (outputs,), np.float32)
     if compact:
-        multiply(carray(_pointer(weight), (outputs, width), np.int16), scales, x, a, b, places, out, shares)
+        multiply(carray(_pointer(weight), (outputs, width), np.int16), scales, x, a, b, spans, places, out, shares)
     else:
-        multiply(carray(_pointer(weight), (outputs, width), np.float32), scales, x, a, b, places, out, shares)
+        multiply(carray(_pointer(weight), (outputs, width), np.float32), scales, x, a, b, spans, places, out, shares)
 
 
 @njit(nogil=True, cache=True)
@@ -355,8 +357,8 @@ def run_layers(
 
     What belongs to a layer is given by its address, int64, and kept alive by the caller: `weights` and `scales`
     [layers, 4] of the products (query/key/value, out, gate/up, down), whose shapes [N, K] are `shapes` [4, 2] and
-    whose weights are int16 where `compact` [4] is true; `loras` [layers, 4, 5]: a, b, places, then P and the rank;
-    `norms` [layers, 2]; `cache` [layers, 3]: keys, values [M, G, positions, D], positions; `heads` is (G, D);
+    whose weights are int16 where `compact` [4] is true; `loras` [layers, 4, 6]: a, b, spans, places, then P and the
+    rank; `norms` [layers, 2]; `cache` [layers, 3]: keys, values [M, G, positions, D], positions; `heads` is (G, D);
     `rotation` (position, starts, cos, sin); `epsilon` the norms', `scaling` the attention's, `gelu` as of `gate`.
     `copies` is (layers, rows, leaders): in so many first layers all rows but so many first ones are copies of
     their `leaders` [M], whose keys and values they get.
@@ -402,12 +404,12 @@ def compile_kernels() -> None:
     cache, nothing = np.ones((1, 1, 1, 2), np.float32), np.empty((0, 0, 0), np.float32)
     for kind in (np.float32, np.int16):
         none, out = np.empty(0, np.int64), np.empty((1, 1), np.float32)
-        multiply(one.astype(kind), line[:1], one, nothing, nothing, none, out, SHARES)
+        multiply(one.astype(kind), line[:1], one, nothing, nothing, none.reshape(0, 0, 2), none, out, SHARES)
     normalise(one, line, 1e-6, one.copy())
     first = np.zeros(1, np.int64)
     attend(np.ones((1, 6), np.float32), one, one, cache, cache.copy(), 0, first, 1.0, one.copy())
     gate(one, False, one[:, :1].copy(), SHARES)
-    tables, shapes, loras = np.empty((0, 4), np.int64), np.ones((4, 2), np.int64), np.empty((0, 4, 5), np.int64)
+    tables, shapes, loras = np.empty((0, 4), np.int64), np.ones((4, 2), np.int64), np.empty((0, 4, 6), np.int64)
     run_layers(
         *(one, tables, tables, np.empty(4, np.bool_), shapes, loras, tables, 1e-6),
         *(tables, (1, 2), (0, first, one, one), 1.0, False, (0, 1, first), SHARES),

@@ -217,6 +217,7 @@ def _stack(layer: MixedLinear, rows: Sequence[Weighted]) -> Lora | None:
     stacked = Lora(
         like.new_zeros(len(adapted), rank, layer.in_features),
         like.new_zeros(len(adapted), rank, layer.out_features),
+        np.zeros((len(adapted), rank, 2), np.int64),
         np.full(len(rows), -1),
     )
     stacked.places[[place for place, row in enumerate(found) if row]] = range(len(adapted))
@@ -226,6 +227,7 @@ def _stack(layer: MixedLinear, rows: Sequence[Weighted]) -> Lora | None:
             last = first + len(a)
             stacked.a[place, first:last] = a
             stacked.b[place, first:last, start : start + b.shape[1]] = b * weight
+            stacked.spans[place, first:last] = start, start + b.shape[1]
             first = last
     return stacked
 

@@ -37,14 +37,16 @@ EXACT_WAYS = (*MANY_ROWS_WAYS, ONE_PASS)
 
 class Lora(NamedTuple):
     """One layer's matrices for a batch: A [policies, rank, K] and B [policies, rank, N], contiguous, ranks padded with
-    zeros; row m takes those at `places[m]`, or none where that is −1."""
+    zeros; row m takes those at `places[m]`, or none where that is −1. Where layers with the same input are one, a line
+    of B belongs to one of them: it is zero but for columns from and to `spans` [policies, rank, 2]."""
 
     a: Tensor
     b: Tensor
+    spans: np.ndarray
     places: np.ndarray
 
 
-NO_LORA = Lora(torch.empty(0, 0, 0), torch.empty(0, 0, 0), np.empty(0, np.int64))
+NO_LORA = Lora(torch.empty(0, 0, 0), torch.empty(0, 0, 0), np.empty((0, 0, 2), np.int64), np.empty(0, np.int64))
 
 
 def add_lora(y: Tensor, x: Tensor, lora: Lora | None) -> Tensor:
@@ -129,8 +131,9 @@ class Product:
             weight, scale = held
             if lora and len(lora.places) == len(flat):  # one position of every row: the kernel adds the rows' own
                 inside, lora = lora, None
-            a, b, places = inside
-            multiply(weight, scale, flat.contiguous().numpy(), a.numpy(), b.numpy(), places, out.numpy(), SHARES)
+            a, b, spans, places = inside
+            inputs = flat.contiguous().numpy(), a.numpy(), b.numpy()
+            multiply(weight, scale, *inputs, spans, places, out.numpy(), SHARES)
         if self.bias is not None:
             out = out + self.bias
         return add_lora(out.reshape(*x.shape[:-1], -1), x, lora)
