@@ -1,7 +1,7 @@
 """Products with the base's frozen weights: the fastest way for every shape, found by timing.
 
-Up to `FEW` rows a product is bound by reading the weight, and up to `MANY` matrix libraries lose much of their time
-on arranging it; which way is fastest depends on the processor, so every way is timed once per shape and the choice
+With few rows a product is bound by reading the weight, and up to `MANY` matrix libraries lose much of their time on
+arranging it; which way is fastest depends on the processor, so every way is timed once per shape and the choice
 kept on the disk. One of the ways reads the weight as 16-bit integers with a scale per output ("compact") and multiplies
 integers: half the bytes, several products in one instruction, and closer to float32 than bfloat16 is.
 """
@@ -24,15 +24,18 @@ from bapo.disk_cache import DiskCache
 from bapo.inference import kernels
 from bapo.inference.kernels import LARGEST_WEIGHT, SHARES, multiply
 
-FEW, MANY = 8, 256
-TIMED_FEW, TIMED_MANY = (1, 2, 3, 5, FEW), (16, 32, 64, 128, MANY)
+FEW, SEVERAL, MANY = 8, 32, 256
+TIMED_SEVERAL, TIMED_MANY = (1, 2, 3, 5, FEW, 16, 24, SEVERAL), (64, 128, MANY)
 REPEATS = 3
-SAMPLE = 3  # products of a shape that are timed at more than `FEW` rows: there reading the weights matters less
+TIMED_BYTES = 2**28  # of a shape's weights, or all of them: no cache holds so much
+SAMPLE = 3  # products of a shape that are timed at more than `SEVERAL` rows: there reading the weights matters less
 SMALL = 2**18  # weights of one shape below which no way takes time worth a choice
 
+# Where all products take one pass over the weights, all layers are one call (`DecoderStep`): that is worth so much.
+ONE_CALL = 1.25
+
 LINEAR, TRANSPOSED, ONE_PASS, COMPACT = "linear", "transposed", "one pass", "compact"
-MANY_ROWS_WAYS = (LINEAR, TRANSPOSED)
-EXACT_WAYS = (*MANY_ROWS_WAYS, ONE_PASS)
+EXACT_WAYS = (LINEAR, TRANSPOSED, ONE_PASS)
 
 
 class Lora(NamedTuple):
@@ -163,10 +166,11 @@ def choose_ways(products: Sequence[Product], cache: Path, compact: bool) -> None
             for product in alike:
                 product.make_compact()
         key = ["ways", *machine, torch.get_num_threads(), *shape, len(alike)]
-        many = _choices(known, key, alike[:SAMPLE], TIMED_MANY, MANY_ROWS_WAYS)
+        many = _choices(known, key, alike[:SAMPLE], TIMED_MANY, EXACT_WAYS)
+        sample = alike[: 1 + TIMED_BYTES // alike[0].weight.nbytes]
         for exact in (True, False) if compact else (True,):
-            few = _choices(known, key, alike, TIMED_FEW, EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT))
-            chosen = few + many[FEW + 1 :]
+            several = _choices(known, key, sample, TIMED_SEVERAL, EXACT_WAYS if exact else (*EXACT_WAYS, COMPACT))
+            chosen = several + many[SEVERAL + 1 :]
             for product in alike:
                 product.ways = chosen
                 if exact:
@@ -187,7 +191,8 @@ def _choices(
 
 
 def _fastest(products: Sequence[Product], rows: int, ways: Sequence[str]) -> str:
-    """The way that takes least time for all the products in turn, as decoding calls them: none is in the cache."""
+    """The way that takes least time for all the products in turn, as decoding calls them: none is in the cache. A way
+    that several rows cannot take in one call must be faster by a factor of `ONE_CALL`."""
     x = torch.ones(rows, products[0].shape[1])
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(REPEATS + 1):
@@ -197,4 +202,7 @@ def _fastest(products: Sequence[Product], rows: int, ways: Sequence[str]) -> str
                 product.by(way, x)
             if repeat:  # the first compiles
                 seconds[way].append(time.perf_counter() - start)
-    return min(ways, key=lambda way: statistics.median(seconds[way]))
+    costs = {way: statistics.median(times) for way, times in seconds.items()}
+    for way in (LINEAR, TRANSPOSED) if rows <= SEVERAL else ():
+        costs[way] *= ONE_CALL
+    return min(ways, key=costs.__getitem__)
