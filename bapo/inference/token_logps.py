@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from bapo.inference.projection import project
+
 BLOCK = 4096  # words of the vocabulary at a time: enough for a fast product, few enough for their logits to stay near
 
 
@@ -30,11 +32,9 @@ class _TokenLogps(torch.autograd.Function):
         chosen, total = states.new_zeros((2, len(states), 1), dtype=wide)
         largest = torch.full_like(total, -torch.inf)
         mean = torch.zeros_like(hidden, dtype=wide) if ctx.needs_input_grad[0] else None
-        # One buffer for every block: the system would hand out, and clear, as many pages again for each.
-        buffer = states.new_empty(len(states) * BLOCK)
         for start in range(0, len(weight), BLOCK):
             words = weight[start : start + BLOCK]
-            logits = torch.mm(states, words.T, out=buffer[: len(states) * len(words)].view(len(states), -1))
+            logits = project(states, words)
             if bias is not None:
                 logits += bias[start : start + BLOCK]
             logits = logits.to(wide)
@@ -46,7 +46,7 @@ class _TokenLogps(torch.autograd.Function):
             weights = logits.sub_(largest).exp_()
             total.mul_(decay).add_(weights.sum(1, keepdim=True))
             if mean is not None:
-                mean.mul_(decay).add_(weights.to(weight.dtype) @ words)
+                mean.mul_(decay).add_(project(weights.to(weight.dtype), words.T))
         if mean is not None:
             ctx.save_for_backward((weight[labels] - mean.div_(total)).to(hidden.dtype))
         return (chosen - largest - total.log()).squeeze(1)

@@ -10,6 +10,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, eager_attention_forward
 
+from bapo.inference.projection import project
 from bapo.training.lora_linear import FusedLoraLinear, live_rows, spread
 
 
@@ -101,7 +102,7 @@ class _QueryKeyValue(torch.autograd.Function):
         narrow = normal @ torch.cat([q_a, k_a, v_a]).T
         parts = narrow.split([len(a) for a in (q_a, k_a, v_a)], dim=1)
         query, key, value = (
-            (normal @ w.T).addmm_(part, b.T, alpha=s)
+            project(normal, w).addmm_(part, b.T, alpha=s)
             for part, w, b, s in zip(parts, (q_w, k_w, v_w), (q_b, k_b, v_b), (q_s, k_s, v_s), strict=True)
         )
         ctx.save_for_backward(x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b)
@@ -121,7 +122,8 @@ class _QueryKeyValue(torch.autograd.Function):
         inner = torch.cat([(u @ b).mul_(s) for u, b, s in zip(upstreams, (q_b, k_b, v_b), scalings, strict=True)], 1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad = (query @ q_w).addmm_(key, k_w).addmm_(value, v_w).addmm_(inner, torch.cat([q_a, k_a, v_a]))
+            grad = project(query, q_w.T).add_(project(key, k_w.T)).add_(project(value, v_w.T))
+            grad.addmm_(inner, torch.cat([q_a, k_a, v_a]))
             grad_x = spread(_normalise_backward(grad, x, gain, scale), rows, count)
         q_grad_a, k_grad_a, v_grad_a = _grad_a(inner, x, gain, scale).split(ranks)
         q_grad_b, k_grad_b, v_grad_b = map(_grad_b, narrow.split(ranks, dim=1), upstreams, scalings)
@@ -145,8 +147,8 @@ class _GatedMlp(torch.autograd.Function):
     ):
         normal, scale = _normalise(x, gain, epsilon)
         narrow = normal @ torch.cat([gate_a, up_a]).T
-        gate = (normal @ gate_w.T).addmm_(narrow[:, : len(gate_a)], gate_b.T, alpha=gate_s)
-        up = (normal @ up_w.T).addmm_(narrow[:, len(gate_a) :], up_b.T, alpha=up_s)
+        gate = project(normal, gate_w).addmm_(narrow[:, : len(gate_a)], gate_b.T, alpha=gate_s)
+        up = project(normal, up_w).addmm_(narrow[:, len(gate_a) :], up_b.T, alpha=up_s)
         inside = F.silu(gate).mul_(up)
         down_narrow = inside @ down_a.T
         ctx.save_for_backward(
@@ -154,7 +156,7 @@ class _GatedMlp(torch.autograd.Function):
             *(gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b),
         )
         ctx.scalings = gate_s, up_s, down_s
-        return (inside @ down_w.T).addmm_(down_narrow, down_b.T, alpha=down_s).add_(x)
+        return project(inside, down_w).addmm_(down_narrow, down_b.T, alpha=down_s).add_(x)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -167,7 +169,7 @@ class _GatedMlp(torch.autograd.Function):
             x, scale, gate, up, narrow = x[rows], scale[rows], gate[rows], up[rows], narrow[rows]
             down_narrow, upstream = down_narrow[rows], upstream[rows]
         down_inner = (upstream @ down_b).mul_(down_s)
-        grad_inside = (upstream @ down_w).addmm_(down_inner, down_a)
+        grad_inside = project(upstream, down_w.T).addmm_(down_inner, down_a)
         activated = F.silu(gate)
         grad_up = grad_inside * activated
         grad_down_a = down_inner.T @ activated.mul_(up)
@@ -175,7 +177,8 @@ class _GatedMlp(torch.autograd.Function):
         inner = torch.cat([(grad_gate @ gate_b).mul_(gate_s), (grad_up @ up_b).mul_(up_s)], 1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad = (grad_gate @ gate_w).addmm_(grad_up, up_w).addmm_(inner, torch.cat([gate_a, up_a]))
+            grad = project(grad_gate, gate_w.T).add_(project(grad_up, up_w.T))
+            grad.addmm_(inner, torch.cat([gate_a, up_a]))
             grad_x = spread(_normalise_backward(grad, x, gain, scale).add_(upstream), rows, count)
         grad_a = _grad_a(inner, x, gain, scale)
         return (

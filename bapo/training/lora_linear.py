@@ -4,6 +4,8 @@ import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
+from bapo.inference.projection import project
+
 Factors = tuple[Tensor, Tensor, Tensor, float]  # W [out, in], A [rank, in], B [out, rank] and the scale s
 
 MOSTLY = 0.95  # of the rows; choosing them costs more than so few others
@@ -71,7 +73,7 @@ class _LoraProduct(torch.autograd.Function):
         narrow = x @ a.T
         ctx.save_for_backward(x, w, a, b, narrow)
         ctx.scaling = scaling
-        return (x @ w.T).addmm_(narrow, b.T, alpha=scaling)
+        return project(x, w).addmm_(narrow, b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -80,7 +82,7 @@ class _LoraProduct(torch.autograd.Function):
         if rows is not None:
             x, narrow, upstream = x[rows], narrow[rows], upstream[rows]
         inner = (upstream @ b).mul_(ctx.scaling)
-        grad_x = (upstream @ w).addmm_(inner, a) if ctx.needs_input_grad[0] else None
+        grad_x = project(upstream, w.T).addmm_(inner, a) if ctx.needs_input_grad[0] else None
         # Transposed, because narrow times wide is the faster product.
         grad_b = (narrow.T @ upstream).mul_(ctx.scaling).T
         return spread(grad_x, rows, count), None, inner.T @ x, grad_b, None

@@ -10,6 +10,7 @@ import torch
 
 from bapo.inference.base import Base
 from bapo.inference.base_responses import BATCH, MAX_TOKENS
+from bapo.inference.projection import project
 from bapo.pair_layouts import Pair
 from bapo.pairs import split_by_prompt
 from bapo.training.packing import TOKEN_BUDGET
@@ -129,8 +130,8 @@ def estimate(base: Base, pairs: Sequence[Pair], plans: Sequence[TrainingPlan]) -
 def _machine_rate() -> float:
     """Floating-point operations per second of a large matrix product here."""
     left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    left @ right  # the first one wakes the threads
+    project(left, right)  # the first one wakes the threads
     start = time.perf_counter()
     for _ in range(8):
-        left @ right
+        project(left, right)
     return 8 * 2 * 1024**3 / (time.perf_counter() - start)
