@@ -1,5 +1,10 @@
 """Products of many rows on the CPU by oneDNN, which torch brings along: `@` is MKL, on some machines slower."""
 
+import os
+
+# Every number of rows is a product of its own, whose code is kept: one layer's are enough, a training's take 300 MB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+
 import torch
 from torch import Tensor
 
