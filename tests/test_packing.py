@@ -147,11 +147,11 @@ def test_sliding_windows_and_strange_architectures_take_padded_rows(tiny_base, n
     policy = policy_of(tiny_base).double()
     expected, _ = packed(policy, rows)
     for limits in (Limits(False, None, None), Limits(True, 8, None)):
-        assert all("tree" not in part["sequence"] for part in PairCollator(limits)(rows)["parts"])
+        assert all("segments" not in part["sequence"] for part in PairCollator(limits)(rows)["parts"])
         loss, _ = packed(policy, rows, limits=limits)
         assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
     some = PairCollator(Limits(True, 24, None))(rows)
-    assert ["tree" in part["sequence"] for part in some["parts"]] == [False, True], "by the length of the group"
+    assert ["segments" in part["sequence"] for part in some["parts"]] == [False, True], "by the length of the group"
 
 
 def test_a_response_that_logits_are_softcapped_for(llama_base, monkeypatch):
@@ -197,30 +197,52 @@ def test_token_logps_and_their_gradient_against_the_whole_softmax():
         token_logps(hidden, head.requires_grad_(True), labels)
 
 
-@pytest.mark.parametrize(
-    "tree", [[[3, 2, 5]], [[0, 4], [2, 1, 1, 3]]], ids=["one group", "two groups, one without a prefix"]
-)
+# (prefix, its length, own, its length): the second has a group without a prefix, and of another the last branch at the
+# end; the third is longer than the kernels' blocks, and no multiple of their tiles.
+SEGMENTS = {
+    "one group": [(0, 0, 0, 3), (0, 3, 3, 2), (0, 3, 5, 5)],
+    "two groups": [(0, 0, 0, 4), (4, 0, 4, 2), (4, 2, 6, 1), (4, 2, 7, 1), (4, 2, 8, 3)],
+    "a branch at the end": [(0, 0, 0, 2), (0, 2, 2, 3), (5, 0, 5, 4), (5, 4, 9, 2), (0, 2, 11, 3)],
+    "long": [(0, 0, 0, 53), (0, 53, 53, 101), (0, 53, 154, 47)],
+}
+
+
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS)
 @pytest.mark.parametrize("without", [slice(0), slice(3, 5), slice(0, 3), slice(None)])
-def test_the_cpus_way_back_through_a_tree_is_autograds(tree, without):
+@pytest.mark.parametrize("width", [8, 16, 40])
+def test_the_cpus_way_back_through_a_tree_is_autograds(segments, without, width):
     """Also where the loss does not depend on some positions: of such a branch it is left out."""
     torch.manual_seed(0)
-    total = sum(map(sum, tree))
-    states = [torch.randn(2, heads, total, 8, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)]
-    upstream = torch.randn(2, total, 6, 8, dtype=torch.float64)
+    total = max(own + length for _, _, own, length in segments)
+    states = [torch.randn(2, heads, total, width, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)]
+    upstream = torch.randn(2, total, 6, width, dtype=torch.float64)
     upstream[:, without] = 0
     results = []
     for attend in (_TreeAttention.apply, _attend_by_segment):
-        output = attend(*states, 0.3, tree)
+        output = attend(*states, 0.3, segments)
         results.append([output, *torch.autograd.grad((output * upstream).sum(), states)])
     for ours, autograds in zip(*results, strict=True):
         torch.testing.assert_close(ours, autograds, rtol=0, atol=1e-12)
+
+
+def test_attention_to_large_scores_in_float32():
+    """Scores of hundreds, as some heads have them: nothing overflows, and what a query may not see stays without
+    weight, even where its score is the largest."""
+    torch.manual_seed(0)
+    segments = SEGMENTS["long"]
+    states = [60 * torch.randn(1, heads, 201, 16) for heads in (2, 1, 1)]
+    ours, exact = (
+        attend(*(part.to(dtype) for part in states), 0.1, segments)
+        for attend, dtype in ((_TreeAttention.apply, torch.float32), (_attend_by_segment, torch.float64))
+    )
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=60 * 1e-3)
 
 
 def test_the_block_mask_of_flex_attention_is_the_same_attention():
     """On CUDA the same tree runs as a block mask; here its pattern is compared, and its eager attention."""
     trees = [PromptTree.grow([1, 2, 3], [[4, 5], [6]]), PromptTree.grow([7], [[8, 9, 10]])]
     batch = pack_trees(trees)
-    mask = block_mask(batch["branches"], batch["tree"])
+    mask = block_mask(batch["segments"], torch.device("cpu"))
     dense = create_mask(mask.mask_mod, 1, 1, 8, 8, device="cpu")[0, 0]
     rows = ["1.......", "11......", "111.....", "1111....", "11..1...", ".....1..", ".....11.", ".....111"]
     assert ["".join("1" if seen else "." for seen in row) for row in dense.tolist()] == rows

@@ -27,8 +27,18 @@ def test_packed_trees_number_their_branches_through_the_sequence():
     assert batch["position_ids"].tolist() == [[0, 1, 1, 0, 1]]
     assert batch["branches"].tolist() == [[-1, 0, 1, 2, 2]]
     assert batch["labels"].tolist() == [10, 20, 30, 31]
-    assert batch["tree"] == [[1, 1, 1], [0, 2]]
+    assert batch["segments"] == [(0, 0, 0, 1), (0, 1, 1, 1), (0, 1, 2, 1), (2, 0, 3, 2)]
     assert [tree.longest for tree in trees] == [2, 2]
+
+
+def test_the_last_branches_of_all_trees_stand_at_the_end():
+    batch = pack_trees([PromptTree.grow([1, 2], [[10], [20, 21]]), PromptTree.grow([3, 4, 5], [[30], [40, 41]])])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 2, 20, 5, 40]]
+    assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 1, 2, 2, 3]]
+    assert batch["branches"].tolist() == [[-1, 0, -1, -1, 2, 1, 1, 3, 3]]
+    assert batch["labels"].tolist() == [10, 30, 20, 21, 40, 41]
+    own = [(0, 0, 0, 1), (0, 1, 1, 1), (2, 0, 2, 2), (2, 2, 4, 1), (0, 1, 5, 2), (2, 2, 7, 2)]
+    assert batch["segments"] == own
 
 
 def test_padded_trees_repeat_the_prefix():

@@ -379,8 +379,8 @@ def test_an_architecture_without_trees_trains_on_padded_rows_and_says_so(llama_b
     padded = bapo_trainer(llama_base, with_reference(llama_base), tmp_path)
     assert "padded rows are used" in caplog.text
     rows = list(packed.train_dataset)
-    assert "tree" in packed.data_collator(rows)["parts"][0]["sequence"]
-    assert "tree" not in padded.data_collator(rows)["parts"][0]["sequence"]
+    assert "segments" in packed.data_collator(rows)["parts"][0]["sequence"]
+    assert "segments" not in padded.data_collator(rows)["parts"][0]["sequence"]
 
 
 @pytest.mark.parametrize(

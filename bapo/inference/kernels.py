@@ -19,6 +19,8 @@ from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from bapo.inference.exponential import exp
+
 # Sums may be taken in any order, as every matrix library does; infinities and NaNs keep their meaning.
 FREEDOM = {"reassoc", "contract"}
 SHARES = 2 * torch.get_num_threads()  # of the outputs: a thread that is late takes fewer
@@ -262,7 +264,7 @@ def attend(states, cos, sin, keys, values, position, starts, scaling, out):
                 largest = max(largest, weights[t])
             total = np.float32(0)
             for t in range(length):
-                weights[t] = _exp(weights[t] - largest)
+                weights[t] = exp(weights[t] - largest)
                 total += weights[t]
             attended = out[m, head * width : (head + 1) * width]
             attended[:] = 0
@@ -277,23 +279,6 @@ def attend(states, cos, sin, keys, values, position, starts, scaling, out):
                     attended[d] += weights[t] * seen[t, d]
             for d in range(width):
                 attended[d] /= total
-
-
-@njit(inline="always")
-def _exp(x):
-    """eˣ to a relative 1e-7, for x below −87 or above 88 as there: eˣ = 2ⁿ eʳ with a polynomial for eʳ (that of Cephes'
-    `expf`). It goes through the vector units, where the library's function takes one number a call. NaN stays NaN."""
-    x = np.float32(-87) if x < np.float32(-87) else np.float32(88) if x > np.float32(88) else x
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1)
-    return p * np.int32((np.int32(n) + 127) << 23).view(np.float32)
 
 
 @njit(inline="always")
@@ -320,7 +305,7 @@ def gate(states, gelu, out, shares):
                 turn = x
                 if gelu:  # tanh y = 2 sigmoid(2y) − 1, so both are x · sigmoid(…)
                     turn = np.float32(1.5957691216) * (x + np.float32(0.044715) * x * x * x)
-                own[k] = x / (np.float32(1) + _exp(-turn)) * right[k]
+                own[k] = x / (np.float32(1) + exp(-turn)) * right[k]
 
 
 def _to_pointer(typing_context, address):

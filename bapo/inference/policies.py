@@ -21,6 +21,7 @@ from bapo.inference.mixed_lora import MixedModel, RowWeights
 from bapo.inference.openings import Openings, States, fill
 from bapo.inference.products import choose_ways
 from bapo.inference.roomy_cache import roomy_cache
+from bapo.inference.tree_kernels import compile_tree_kernels
 
 Policy = Adapter | Mix | None  # None is the base
 
@@ -45,6 +46,8 @@ class Policies:
         self._step = DecoderStep.of(base.model) or GraphStep.of(base.model)
         if isinstance(self._step, DecoderStep):
             compile_kernels()
+        if base.model.device.type == "cpu":
+            compile_tree_kernels()
         self.compact = any(product.is_compact for product in products)
 
     @property

@@ -19,6 +19,10 @@ from torch import Tensor
 
 PREFIX = -1  # branch number of a shared prefix
 
+# Where a prefix starts and its length, then where the segment itself starts and its length: its positions see the
+# prefix, and the segment up to themselves. A prefix is a segment that sees no other.
+Segment = tuple[int, int, int, int]
+
 Batch = dict[str, Any]  # what `pack_trees` returns
 
 
@@ -60,28 +64,47 @@ def pack_trees(trees: Sequence[PromptTree]) -> Batch:
     """Trees as one sequence without padding, length T.
 
     Returns `input_ids`, `position_ids` and `branches`, each of shape [1, T], where `branches` numbers
-    the branches through the whole sequence (prefixes hold −1); `labels`, the tokens predicted by the
-    positions outside the prefixes; and `tree`, the lengths of each group's prefix and branches.
+    the branches through all trees (prefixes hold −1); `labels`, the tokens predicted by the positions outside
+    the prefixes; and `segments`, one for every prefix and every branch. The last branches of all trees stand at the
+    end: training puts base responses there, which often have no gradient, and what has one is then in one piece.
     """
-    first = accumulate((len(tree.lengths) - 1 for tree in trees), initial=0)
-    branches = [
-        PREFIX if branch == PREFIX else branch + start
-        for tree, start in zip(trees, first, strict=False)
-        for branch in tree.branches
-    ]
+    first = list(accumulate((len(tree.lengths) - 1 for tree in trees), initial=0))
+    parts = [(number, part) for number, tree in enumerate(trees) for part in range(len(tree.lengths) - 1)]
+    parts += [(number, len(tree.lengths) - 1) for number, tree in enumerate(trees)]
+    token_ids: list[int] = []
+    positions: list[int] = []
+    branches: list[int] = []
+    labels: list[int] = []
+    segments: list[Segment] = []
+    prefixes: dict[int, int] = {}
+    for number, part in parts:
+        tree, place = trees[number], len(token_ids)
+        prefix, length = tree.lengths[0], tree.lengths[part]
+        start = sum(tree.lengths[:part])
+        own = slice(start, start + length)
+        token_ids += tree.token_ids[own]
+        positions += tree.positions[own]
+        if part == 0:
+            prefixes[number] = place
+            branches += [PREFIX] * length
+            segments += [(place, 0, place, length)] if length else []
+        else:
+            branches += [first[number] + part - 1] * length
+            labels += tree.labels[start - prefix : start - prefix + length]
+            segments.append((prefixes[number], prefix, place, length))
     return {
-        "input_ids": torch.tensor([[token for tree in trees for token in tree.token_ids]]),
-        "position_ids": torch.tensor([[position for tree in trees for position in tree.positions]]),
+        "input_ids": torch.tensor([token_ids]),
+        "position_ids": torch.tensor([positions]),
         "branches": torch.tensor([branches]),
-        "labels": torch.tensor([label for tree in trees for label in tree.labels]),
-        "tree": [list(tree.lengths) for tree in trees],
+        "labels": torch.tensor(labels),
+        "segments": segments,
     }
 
 
 def pad_trees(trees: Sequence[PromptTree]) -> Batch:
     """The same for a model that cannot read trees: one row per branch, its prefix repeated, padded on the right.
 
-    Instead of `tree` there is `attention_mask`, of the shape [branches, length] of the others.
+    Instead of `segments` there is `attention_mask`, of the shape [branches, length] of the others.
     """
     rows = []
     for tree in trees:
@@ -108,7 +131,7 @@ def pad_trees(trees: Sequence[PromptTree]) -> Batch:
 def repeat_batch(batch: Batch, times: int) -> Batch:
     """The batch several times below itself, for as many policies; branches are numbered on through the copies."""
     count = int(batch["branches"].max()) + 1
-    rows = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items() if name != "tree"}
+    rows = {name: value.repeat(times, *[1] * (value.dim() - 1)) for name, value in batch.items() if name != "segments"}
     copy = torch.arange(times).repeat_interleave(len(batch["branches"]))[:, None]
     rows["branches"] = torch.where(rows["branches"] == PREFIX, PREFIX, rows["branches"] + copy * count)
     return {**batch, **rows}

@@ -3,7 +3,7 @@
 import os
 
 # Every number of rows is a product of its own, whose code is kept: one layer's are enough, a training's take 300 MB.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "24")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import torch
 from torch import Tensor

@@ -59,11 +59,11 @@ def branch_logps(forward: Callable, model: PreTrainedModel, batch: Batch) -> Ten
     Differentiable; shape [branches], float32 or wider.
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    if "tree" in batch:
-        inputs["tree"] = batch["tree"]
+    if "segments" in batch:
+        inputs["segments"] = batch["segments"]
         # What has four dimensions goes to the attention as it is: otherwise transformers would make a mask.
         inputs["attention_mask"] = (
-            block_mask(batch["branches"], batch["tree"])
+            block_mask(batch["segments"], model.device)
             if model.device.type == "cuda"
             else batch["branches"][:1][None, None]
         )

@@ -5,10 +5,12 @@ alone, not its length squared. Models reach it through their configuration's att
 implementation, `NAME`; a call without a tree is the library's SDPA.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,12 +20,10 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from bapo.inference.prefix_tree import PREFIX, PromptTree
+from bapo.inference.prefix_tree import PromptTree, Segment
+from bapo.inference.tree_kernels import attend_trees, attend_trees_backward
 
 NAME = "prefix_tree"
-# What F.scaled_dot_product_attention calls on a CPU; its way back is part of autograd alone.
-CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,29 +75,30 @@ def tree_attention(
     value: Tensor,
     attention_mask: Tensor | BlockMask | None,
     *,
-    tree: Sequence[Sequence[int]] | None = None,
+    segments: Sequence[Segment] | None = None,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of a packed sequence, in every row the same: query [rows, heads, T, width] → [rows, T, heads, width].
 
-    `tree` is `pack_trees`' entry of that name. Dropout is not applied inside trees.
+    `segments` is `pack_trees`' entry of that name. Dropout is not applied inside trees.
     """
-    if tree is None:
+    if segments is None:
         if query.shape[2] == 1 and attention_mask is None:
             return _attend_to_all(query, key, value, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
-    if query.device.type == "cpu":
-        return _TreeAttention.apply(query, key, value, scaling, tree), None
-    return _attend_by_segment(query, key, value, scaling, tree), None
+    if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
+        return _TreeAttention.apply(query, key, value, scaling, segments), None
+    return _attend_by_segment(query, key, value, scaling, segments), None
 
 
-def _attend_by_segment(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree) -> Tensor:
+def _attend_by_segment(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, segments) -> Tensor:
     """Attention of a tree on any device, with autograd's own way back."""
     output = torch.empty_like(query.transpose(1, 2))
-    for prefix, own in _segments(tree):
+    for start, before, place, length in segments:
+        prefix, own = slice(start, start + before), slice(place, place + length)
         part, keys, values, mask = _inputs(query, key, value, prefix, own)
         attended = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask, scale=scaling)
         output[:, own] = attended.reshape(query[:, :, own].shape).transpose(1, 2)
@@ -105,54 +106,37 @@ def _attend_by_segment(query: Tensor, key: Tensor, value: Tensor, scaling: float
 
 
 class _TreeAttention(torch.autograd.Function):
-    """The same on the CPU: autograd would keep a prefix's keys and values with every branch, and the output twice."""
+    """The same on the CPU, through kernels of our own."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, tree) -> Tensor:
-        output = torch.empty_like(query.transpose(1, 2), memory_format=torch.contiguous_format)
-        sums = []
-        for prefix, own in _segments(tree):
-            part, keys, values, mask = _inputs(query, key, value, prefix, own)
-            attended, logsumexp = CPU_ATTENTION(part, keys, values, attn_mask=mask, scale=scaling)
-            output[:, own] = attended.reshape(query[:, :, own].shape).transpose(1, 2)
-            sums.append(logsumexp)
-        ctx.save_for_backward(query, key, value, output, *sums)
-        ctx.scaling, ctx.tree = scaling, tree
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, segments) -> Tensor:
+        states = [states.transpose(1, 2).contiguous() for states in (query, key, value)]
+        rows, length, heads, width = states[0].shape
+        output, sums = torch.empty_like(states[0]), query.new_empty(rows, heads, length)
+        ctx.scaling, ctx.segments = width**-0.5 if scaling is None else scaling, _by_cost(segments)
+        attend_trees(*arrays(*states), ctx.segments, ctx.scaling, *arrays(output, sums), torch.get_num_threads())
+        ctx.save_for_backward(*states, output, sums)
         return output
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        query, key, value, output, *sums = ctx.saved_tensors
-        to_query, to_key, to_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        live = torch.linalg.vector_norm(upstream, 1, dim=(0, 2, 3)) != 0
-        for (prefix, own), logsumexp in zip(_segments(ctx.tree), sums, strict=True):
-            if not live[own].any():  # a response on which the loss does not depend
-                to_query[:, :, own] = 0
-                continue
-            part, keys, values, mask = _inputs(query, key, value, prefix, own)
-            above, attended = (_below(states.transpose(1, 2)[:, :, own], key.shape[1]) for states in (upstream, output))
-            of_part, of_keys, of_values = CPU_ATTENTION_BACKWARD(
-                above, part, keys, values, attended, logsumexp, 0.0, False, attn_mask=mask, scale=ctx.scaling
-            )
-            to_query[:, :, own] = of_part.reshape(query[:, :, own].shape)
-            seen = prefix.stop - prefix.start
-            for whole, one in ((to_key, of_keys), (to_value, of_values)):
-                whole[:, :, prefix] += one[:, :, :seen]
-                whole[:, :, own] += one[:, :, seen:]
-        return to_query, to_key, to_value, None, None
+        states = ctx.saved_tensors
+        gradients = [torch.empty_like(one) for one in states[:3]]
+        attend_trees_backward(
+            *arrays(upstream.contiguous(), *states), ctx.segments, ctx.scaling, *arrays(*gradients),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return *(one.transpose(1, 2) for one in gradients), None, None
 
 
-def _segments(tree: Sequence[Sequence[int]]) -> Iterator[tuple[slice, slice]]:
-    """(prefix, own) of every prefix, before which nothing stands, and of every branch, as places in the sequence."""
-    start = 0
-    for length, *branches in tree:
-        prefix = slice(start, start + length)
-        if length:
-            yield slice(start, start), prefix
-        start = prefix.stop
-        for branch in branches:
-            yield prefix, slice(start, start + branch)
-            start += branch
+def arrays(*tensors: Tensor) -> Any:
+    """The same memory, for compiled loops."""
+    return [tensor.detach().numpy() for tensor in tensors]
+
+
+def _by_cost(segments: Sequence[Segment]) -> np.ndarray:
+    """As the kernels take them, those with the most to do first."""
+    return np.array(sorted(segments, key=lambda segment: -segment[3] * (2 * segment[1] + segment[3])))
 
 
 def _inputs(query: Tensor, key: Tensor, value: Tensor, prefix: slice, own: slice) -> tuple[Tensor, ...]:
@@ -185,15 +169,17 @@ def _attend_to_all(query: Tensor, key: Tensor, value: Tensor, scaling: float | N
     return output.reshape(rows, 1, heads, -1)
 
 
-def block_mask(branches: Tensor, tree: Sequence[Sequence[int]]) -> BlockMask:
-    """The same attention as a block mask for flex attention (CUDA); `branches` as `pack_trees` numbers them, [1, T]."""
-    own = branches[0]
-    group = torch.repeat_interleave(torch.tensor([sum(lengths) for lengths in tree], device=own.device))
+def block_mask(segments: Sequence[Segment], device: torch.device) -> BlockMask:
+    """The same attention as a block mask for flex attention (CUDA)."""
+    ordered = torch.tensor(sorted(segments, key=lambda segment: segment[2]), device=device)
+    prefix, before, own, lengths = ordered.T
+    prefix, before, own = (torch.repeat_interleave(part, lengths) for part in (prefix, before, own))
 
     def visible(batch, head, query, key):
-        return (query >= key) & (group[query] == group[key]) & ((own[key] == PREFIX) | (own[key] == own[query]))
+        in_prefix = (key >= prefix[query]) & (key < prefix[query] + before[query])
+        return in_prefix | ((key >= own[query]) & (key <= query))
 
-    return create_block_mask(visible, None, None, len(own), len(own), device=str(own.device))
+    return create_block_mask(visible, None, None, len(own), len(own), device=str(device))
 
 
 AttentionInterface.register(NAME, tree_attention)

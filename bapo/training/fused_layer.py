@@ -3,15 +3,17 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, eager_attention_forward
 
+from bapo.inference.kernels import SHARES
 from bapo.inference.projection import project
-from bapo.training.lora_linear import FusedLoraLinear, live_rows, spread
+from bapo.inference.tree_attention import arrays
+from bapo.training import layer_kernels
+from bapo.training.lora_linear import FusedLoraLinear, across, live_rows, spread
 
 
 class FusedLayer(LlamaDecoderLayer):
@@ -53,9 +55,7 @@ def fuse_layers(model: PreTrainedModel) -> None:
 
 
 def _factors(x: Tensor, *layers: nn.Module) -> list[Any] | None:
-    """W, A, B and s of each layer, one after the other; None where one of them is not plain, or x in half precision."""
-    if x.dtype not in (torch.float32, torch.float64):
-        return None
+    """W, A, B and s of each layer, one after the other; None where one of them is not plain."""
     found: list[Any] = []
     for layer in layers:
         own = layer.factors(x) if isinstance(layer, FusedLoraLinear) and layer.base_layer.bias is None else None
@@ -66,28 +66,26 @@ def _factors(x: Tensor, *layers: nn.Module) -> list[Any] | None:
 
 
 def _normalise(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """The root-mean-square norm of every row of x and what it was scaled by, [tokens, 1]."""
-    scale = torch.linalg.vector_norm(x, dim=1, keepdim=True).square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
-    return (x * scale).mul_(gain), scale
+    """The root-mean-square norm of every row of x and what it was scaled by, [tokens]."""
+    normal, scale = torch.empty_like(x), x.new_empty(len(x))
+    layer_kernels.normalise(*arrays(x, gain), epsilon, *arrays(normal, scale), SHARES)
+    return normal, scale
 
 
 def _normalise_backward(upstream: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
     """The gradient by x; in place of `upstream`."""
-    upstream.mul_(gain)
-    along = torch.linalg.vecdot(upstream, x)[:, None] * scale.pow(3).div_(x.shape[1])
-    return upstream.mul_(scale).addcmul_(x, along, value=-1)
+    layer_kernels.normalise_backward(*arrays(upstream, x, gain, scale), SHARES)
+    return upstream
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [tokens, heads · width] by angles of [tokens, width], whose halves are the same."""
-    half = cos.shape[1] // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
-    heads = states.reshape(len(cos), states.shape[1] // (2 * half), 2 * half)
-    rotated = torch.empty_like(heads)
-    (a, b), (to_a, to_b) = heads.split(half, dim=2), rotated.split(half, dim=2)
-    torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=to_b).addcmul_(a, sin)
-    return rotated.flatten(1)
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    """Rotary embedding of [tokens, heads · width] by angles of [tokens, width]; back again with `direction` −1."""
+    rotated = torch.empty_like(states)
+    heads = (len(cos), states.shape[1] // cos.shape[1], cos.shape[1])
+    layer_kernels.rotate(
+        *arrays(states.view(heads), cos, sin), direction, rotated.view(heads).numpy(), SHARES,
+    )  # fmt: skip
+    return rotated
 
 
 class _QueryKeyValue(torch.autograd.Function):
@@ -99,7 +97,7 @@ class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gain, epsilon, cos, sin, q_w, q_a, q_b, q_s, k_w, k_a, k_b, k_s, v_w, v_a, v_b, v_s):
         normal, scale = _normalise(x, gain, epsilon)
-        narrow = normal @ torch.cat([q_a, k_a, v_a]).T
+        narrow = project(normal, torch.cat([q_a, k_a, v_a]))
         parts = narrow.split([len(a) for a in (q_a, k_a, v_a)], dim=1)
         query, key, value = (
             project(normal, w).addmm_(part, b.T, alpha=s)
@@ -107,26 +105,29 @@ class _QueryKeyValue(torch.autograd.Function):
         )
         ctx.save_for_backward(x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b)
         ctx.scalings = q_s, k_s, v_s
-        return _rotate(query, cos, sin), _rotate(key, cos, sin), value
+        return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1), value
 
     @staticmethod
     def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
         x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b = ctx.saved_tensors
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         count, rows = len(x), live_rows(query, key, value)
         if rows is not None:
             x, scale, cos, sin, narrow = x[rows], scale[rows], cos[rows], sin[rows], narrow[rows]
             query, key, value = query[rows], key[rows], value[rows]
-        query, key = _rotate(query, cos, -sin), _rotate(key, cos, -sin)
+        query, key = _rotate(query, cos, sin, -1), _rotate(key, cos, sin, -1)
         ranks = [len(a) for a in (q_a, k_a, v_a)]
         upstreams, scalings = (query, key, value), ctx.scalings
-        inner = torch.cat([(u @ b).mul_(s) for u, b, s in zip(upstreams, (q_b, k_b, v_b), scalings, strict=True)], 1)
+        inner = torch.cat(
+            [project(u, b.T).mul_(s) for u, b, s in zip(upstreams, (q_b, k_b, v_b), scalings, strict=True)], 1
+        )
+        q_grad_a, k_grad_a, v_grad_a = _grad_a(inner, x, gain, scale).split(ranks)
+        q_grad_b, k_grad_b, v_grad_b = map(_grad_b, narrow.split(ranks, dim=1), upstreams, scalings)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad = project(query, q_w.T).add_(project(key, k_w.T)).add_(project(value, v_w.T))
             grad.addmm_(inner, torch.cat([q_a, k_a, v_a]))
             grad_x = spread(_normalise_backward(grad, x, gain, scale), rows, count)
-        q_grad_a, k_grad_a, v_grad_a = _grad_a(inner, x, gain, scale).split(ranks)
-        q_grad_b, k_grad_b, v_grad_b = map(_grad_b, narrow.split(ranks, dim=1), upstreams, scalings)
         return (
             *(grad_x, None, None, None, None),
             *(None, q_grad_a, q_grad_b, None),
@@ -146,11 +147,12 @@ class _GatedMlp(torch.autograd.Function):
         ctx, x, gain, epsilon, gate_w, gate_a, gate_b, gate_s, up_w, up_a, up_b, up_s, down_w, down_a, down_b, down_s
     ):
         normal, scale = _normalise(x, gain, epsilon)
-        narrow = normal @ torch.cat([gate_a, up_a]).T
+        narrow = project(normal, torch.cat([gate_a, up_a]))
         gate = project(normal, gate_w).addmm_(narrow[:, : len(gate_a)], gate_b.T, alpha=gate_s)
         up = project(normal, up_w).addmm_(narrow[:, len(gate_a) :], up_b.T, alpha=up_s)
-        inside = F.silu(gate).mul_(up)
-        down_narrow = inside @ down_a.T
+        inside = torch.empty_like(gate)
+        layer_kernels.gated(*arrays(gate, up, inside), SHARES)
+        down_narrow = project(inside, down_a)
         ctx.save_for_backward(
             *(x, gain, scale, gate, up, narrow, down_narrow),
             *(gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b),
@@ -164,23 +166,24 @@ class _GatedMlp(torch.autograd.Function):
         gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b = weights
         gate_s, up_s, down_s = ctx.scalings
         rank = len(gate_a)
+        upstream = upstream.contiguous()
         count, rows = len(x), live_rows(upstream)
         if rows is not None:
             x, scale, gate, up, narrow = x[rows], scale[rows], gate[rows], up[rows], narrow[rows]
             down_narrow, upstream = down_narrow[rows], upstream[rows]
-        down_inner = (upstream @ down_b).mul_(down_s)
-        grad_inside = project(upstream, down_w.T).addmm_(down_inner, down_a)
-        activated = F.silu(gate)
-        grad_up = grad_inside * activated
-        grad_down_a = down_inner.T @ activated.mul_(up)
-        grad_gate = torch.ops.aten.silu_backward.grad_input(grad_inside.mul_(up), gate, grad_input=grad_inside)
-        inner = torch.cat([(grad_gate @ gate_b).mul_(gate_s), (grad_up @ up_b).mul_(up_s)], 1)
+        down_inner = project(upstream, down_b.T).mul_(down_s)
+        grad_gate = project(upstream, down_w.T).addmm_(down_inner, down_a)  # that of what `down` reads, at first
+        inside, grad_up = torch.empty_like(gate), torch.empty_like(gate)
+        layer_kernels.gated_backward(*arrays(grad_gate, gate, up, inside, grad_up), SHARES)
+        grad_down_a = across(down_inner, inside)
+        del inside
+        inner = torch.cat([project(grad_gate, gate_b.T).mul_(gate_s), project(grad_up, up_b.T).mul_(up_s)], 1)
+        grad_a = _grad_a(inner, x, gain, scale)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad = project(grad_gate, gate_w.T).add_(project(grad_up, up_w.T))
             grad.addmm_(inner, torch.cat([gate_a, up_a]))
             grad_x = spread(_normalise_backward(grad, x, gain, scale).add_(upstream), rows, count)
-        grad_a = _grad_a(inner, x, gain, scale)
         return (
             *(grad_x, None, None),
             *(None, grad_a[:rank], _grad_b(narrow[:, :rank], grad_gate, gate_s), None),
@@ -191,9 +194,9 @@ class _GatedMlp(torch.autograd.Function):
 
 def _grad_a(inner: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
     """innerᵀ · norm(x), without making the norm again: [tokens, rank] → [rank, in]."""
-    return ((inner * scale).T @ x).mul_(gain)
+    return across(inner * scale[:, None], x).mul_(gain)
 
 
 def _grad_b(narrow: Tensor, upstream: Tensor, scaling: float) -> Tensor:
-    """[out, rank]; transposed, because narrow times wide is the faster product."""
-    return (narrow.T @ upstream).mul_(scaling).T
+    """[out, rank]."""
+    return across(narrow, upstream).mul_(scaling).T

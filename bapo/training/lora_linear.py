@@ -5,6 +5,7 @@ from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
 
 from bapo.inference.projection import project
+from bapo.training.layer_kernels import mark
 
 Factors = tuple[Tensor, Tensor, Tensor, float]  # W [out, in], A [rank, in], B [out, rank] and the scale s
 
@@ -37,8 +38,10 @@ class FusedLoraLinear(Linear):
             and adapter not in self.lora_variant
             and isinstance(self.lora_dropout[adapter], nn.Identity)
             and type(self.base_layer) is nn.Linear
+            and x.device.type == "cpu"
+            and x.dtype in (torch.float32, torch.float64)
             and self.lora_A[adapter].weight.dtype == x.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and not torch.is_autocast_enabled("cpu")
         )
         if not plain:
             return None
@@ -46,23 +49,33 @@ class FusedLoraLinear(Linear):
         return self.base_layer.weight, a, b, self.scaling[adapter]
 
 
-def live_rows(*upstreams: Tensor) -> Tensor | None:
-    """Numbers of the rows, of [tokens, …] each, that have a gradient; None where nearly all have.
+def live_rows(*upstreams: Tensor) -> slice | Tensor | None:
+    """The rows, of [tokens, …] each, that have a gradient, as an index; None where nearly all have.
 
     Nothing looks at a response but itself. One on which the loss does not depend, such as a base response whose
     anchor is slack, therefore has no gradient in any layer, and need not be taken through the way back.
     """
-    # The sum of magnitudes: squares could vanish. NaN counts as a gradient.
-    live = sum(torch.linalg.vector_norm(upstream, 1, dim=1) for upstream in upstreams) != 0
+    live = torch.zeros(len(upstreams[0]), dtype=torch.bool)
+    for upstream in upstreams:
+        mark(upstream.numpy(), live.numpy())
     rows = live.nonzero().squeeze(1)
+    if len(rows) and len(rows) == rows[-1] + 1 < len(live):
+        return slice(0, len(rows))  # often so, as base responses come last: nothing need be copied
     return rows if len(rows) < MOSTLY * len(live) else None
 
 
-def spread(part: Tensor | None, rows: Tensor | None, count: int) -> Tensor | None:
+def spread(part: Tensor | None, rows: slice | Tensor | None, count: int) -> Tensor | None:
     """`count` rows: those of `part` at the places `rows`, zeros elsewhere."""
     if part is None or rows is None:
         return part
-    return part.new_zeros(count, part.shape[1]).index_copy_(0, rows, part)
+    whole = part.new_zeros(count, part.shape[1])
+    whole[rows] = part
+    return whole
+
+
+def across(narrow: Tensor, wide: Tensor) -> Tensor:
+    """narrowᵀ · wide: [tokens, rank] and [tokens, width] → [rank, width]; the other way round it is slower."""
+    return project(narrow.T, wide.T)
 
 
 class _LoraProduct(torch.autograd.Function):
@@ -70,7 +83,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        narrow = x @ a.T
+        narrow = project(x, a)
         ctx.save_for_backward(x, w, a, b, narrow)
         ctx.scaling = scaling
         return project(x, w).addmm_(narrow, b.T, alpha=scaling)
@@ -81,8 +94,6 @@ class _LoraProduct(torch.autograd.Function):
         count, rows = len(x), live_rows(upstream)
         if rows is not None:
             x, narrow, upstream = x[rows], narrow[rows], upstream[rows]
-        inner = (upstream @ b).mul_(ctx.scaling)
+        inner = project(upstream, b.T).mul_(ctx.scaling)
         grad_x = project(upstream, w.T).addmm_(inner, a) if ctx.needs_input_grad[0] else None
-        # Transposed, because narrow times wide is the faster product.
-        grad_b = (narrow.T @ upstream).mul_(ctx.scaling).T
-        return spread(grad_x, rows, count), None, inner.T @ x, grad_b, None
+        return spread(grad_x, rows, count), None, across(inner, x), across(narrow, upstream).mul_(ctx.scaling).T, None

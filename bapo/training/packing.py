@@ -39,8 +39,12 @@ class PairCollator:
             prompt = tuple(example["prompt_ids"])
             pairs.setdefault(prompt, []).append(example)
             branches = groups.setdefault(prompt, {})
-            for role in ROLES:
+            for role in ("chosen", "rejected"):
                 branches.setdefault(tuple(example[f"{role}_ids"]), len(branches))
+        # Base responses come last: slack anchors have no gradient, and what has one is then in one piece.
+        for example in examples:
+            branches = groups[tuple(example["prompt_ids"])]
+            branches.setdefault(tuple(example["base_ids"]), len(branches))
         trees = {prompt: PromptTree.grow(prompt, list(branches)) for prompt, branches in groups.items()}
         parts = []
         for prompts in self._sequences(trees):
