@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from bapo.inference.kernels import SHARES
 from bapo.inference.projection import project
+from bapo.inference.tree_attention import arrays
+from bapo.inference.tree_kernels import weigh
 
 BLOCK = 4096  # words of the vocabulary at a time: enough for a fast product, few enough for their logits to stay near
 
@@ -41,10 +44,7 @@ class _TokenLogps(torch.autograd.Function):
             place = labels[:, None] - start
             here = (place >= 0) & (place < len(words))
             chosen = torch.where(here, logits.gather(1, place.clamp(0, len(words) - 1)), chosen)
-            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
-            decay = (before - largest).exp_()
-            weights = logits.sub_(largest).exp_()
-            total.mul_(decay).add_(weights.sum(1, keepdim=True))
+            weights, decay = _weigh(logits, largest, total)
             if mean is not None:
                 mean.mul_(decay).add_(project(weights.to(weight.dtype), words.T))
         if mean is not None:
@@ -55,3 +55,20 @@ class _TokenLogps(torch.autograd.Function):
     def backward(ctx, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
         return (gradient * upstream.unsqueeze(1)).to(gradient.dtype), None, None, None
+
+
+def _weigh(logits: Tensor, largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """In place of the logits [tokens, words] of a block e^(logit − largest), and by what earlier ones are to be scaled.
+
+    Takes the block into the largest logits and the sums so far, `largest` and `total` [tokens, 1].
+    """
+    if logits.device.type == "cpu":
+        decay = torch.empty_like(largest)
+        weigh(*arrays(logits, largest[:, 0], total[:, 0], decay[:, 0]), SHARES)
+        return logits, decay
+    before = largest.clone()
+    torch.maximum(before, logits.amax(1, keepdim=True), out=largest)
+    decay = (before - largest).exp_()
+    weights = logits.sub_(largest).exp_()
+    total.mul_(decay).add_(weights.sum(1, keepdim=True))
+    return weights, decay

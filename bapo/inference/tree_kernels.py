@@ -303,8 +303,31 @@ def _any(states):
     return False
 
 
+@njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
+def weigh(logits, largest, total, decay, shares):
+    """One more block of `logits` [M, N] of a softmax: they become e^(logit − largest). `largest` [M] and the sums
+    `total` [M] so far are brought up to date, these scaled by what is then `decay` [M]."""
+    count, width = logits.shape
+    for share in prange(shares):
+        best = np.empty(COLUMNS, logits.dtype)
+        for m in range(count * share // shares, count * (share + 1) // shares):
+            line = logits[m]
+            whole = width // COLUMNS * COLUMNS
+            top = max(largest[m], _largest(line, whole, whole, best))
+            for n in range(whole, width):
+                top = max(top, line[n])
+            decay[m] = exp(largest[m] - top)
+            _powers(line, width, width, top)
+            added = line[0]
+            for n in range(1, width):
+                added += line[n]
+            total[m] = total[m] * decay[m] + added
+            largest[m] = top
+
+
 def compile_tree_kernels() -> None:
     """Compile the way forwards, or fetch what was compiled before: otherwise the first answer that is scored would
     wait for it."""
     one = np.ones((1, 1, 1, 1), np.float32)
     attend_trees(one, one, one, np.array([[0, 0, 0, 1]]), 1.0, one.copy(), one[0].copy(), 1)
+    weigh(one[0, 0].copy(), *np.zeros((3, 1), np.float32), 1)
