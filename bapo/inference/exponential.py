@@ -4,6 +4,9 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+# Sums may be taken in any order, as every matrix library does; infinities and NaNs keep their meaning.
+FREEDOM = {"reassoc", "contract"}
+
 
 @njit(inline="always")
 def _polynomial(x):
@@ -26,6 +29,6 @@ def exp(x):
     return np.exp(x)
 
 
-@overload(exp, inline="always")
+@overload(exp, jit_options={"fastmath": FREEDOM})
 def _exp(x):
     return (lambda x: _polynomial(x)) if x == types.float32 else (lambda x: np.exp(x))

@@ -19,10 +19,8 @@ from numba import carray, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bapo.inference.exponential import exp
+from bapo.inference.exponential import FREEDOM, exp
 
-# Sums may be taken in any order, as every matrix library does; infinities and NaNs keep their meaning.
-FREEDOM = {"reassoc", "contract"}
 SHARES = 2 * torch.get_num_threads()  # of the outputs: a thread that is late takes fewer
 
 SUMS = 8  # side by side in a register

@@ -13,8 +13,8 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bapo.inference.exponential import exp
-from bapo.inference.kernels import FREEDOM, INDEX
+from bapo.inference.exponential import FREEDOM, exp
+from bapo.inference.kernels import INDEX
 
 LANES = 8  # numbers of a register
 ROWS, COLUMNS = 4, 2 * LANES  # of a tile, whose sums stay in registers

@@ -7,8 +7,7 @@ are computed in.
 import numpy as np
 from numba import njit, prange
 
-from bapo.inference.exponential import exp
-from bapo.inference.kernels import FREEDOM
+from bapo.inference.exponential import FREEDOM, exp
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
