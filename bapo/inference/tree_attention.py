@@ -5,7 +5,7 @@ alone, not its length squared. Models reach it through their configuration's att
 implementation, `NAME`; a call without a tree is the library's SDPA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -77,11 +77,13 @@ def tree_attention(
     *,
     segments: Sequence[Segment] | None = None,
     scaling: float | None = None,
+    take: Callable[[Tensor, int], Tensor] | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention of a packed sequence, in every row the same: query [rows, heads, T, width] → [rows, T, heads, width].
 
-    `segments` is `pack_trees`' entry of that name. Dropout is not applied inside trees.
+    `segments` is `pack_trees`' entry of that name, and `take` may provide the memory of what a CPU computes: see
+    `bapo.training.arena`. Dropout is not applied inside trees.
     """
     if segments is None:
         if query.shape[2] == 1 and attention_mask is None:
@@ -90,7 +92,7 @@ def tree_attention(
     if isinstance(attention_mask, BlockMask):
         return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
-        return _TreeAttention.apply(query, key, value, scaling, segments), None
+        return _TreeAttention.apply(query, key, value, scaling, segments, take), None
     return _attend_by_segment(query, key, value, scaling, segments), None
 
 
@@ -109,10 +111,12 @@ class _TreeAttention(torch.autograd.Function):
     """The same on the CPU, through kernels of our own."""
 
     @staticmethod
-    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, segments) -> Tensor:
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, segments, take=None) -> Tensor:
         states = [states.transpose(1, 2).contiguous() for states in (query, key, value)]
         rows, length, heads, width = states[0].shape
-        output, sums = torch.empty_like(states[0]), query.new_empty(rows, heads, length)
+        lines = states[0].view(rows * length, heads * width)
+        output = (take(lines, heads * width) if take else torch.empty_like(lines)).view(states[0].shape)
+        sums = query.new_empty(rows, heads, length)
         ctx.scaling, ctx.segments = width**-0.5 if scaling is None else scaling, _by_cost(segments)
         attend_trees(*arrays(*states), ctx.segments, ctx.scaling, *arrays(output, sums), torch.get_num_threads())
         ctx.save_for_backward(*states, output, sums)
@@ -126,7 +130,7 @@ class _TreeAttention(torch.autograd.Function):
             *arrays(upstream.contiguous(), *states), ctx.segments, ctx.scaling, *arrays(*gradients),
             torch.get_num_threads(),
         )  # fmt: skip
-        return *(one.transpose(1, 2) for one in gradients), None, None
+        return *(one.transpose(1, 2) for one in gradients), None, None, None
 
 
 def arrays(*tensors: Tensor) -> Any:

@@ -13,7 +13,8 @@ from bapo.inference.kernels import SHARES
 from bapo.inference.projection import project
 from bapo.inference.tree_attention import arrays
 from bapo.training import layer_kernels
-from bapo.training.lora_linear import FusedLoraLinear, across, live_rows, spread
+from bapo.training.arena import Arena
+from bapo.training.lora_linear import FusedLoraLinear, across, live_rows, product_backward, spread
 
 
 class FusedLayer(LlamaDecoderLayer):
@@ -23,27 +24,36 @@ class FusedLayer(LlamaDecoderLayer):
     follow from the layer's input, gate and up; and it would add up gradients in passes of their own.
     """
 
+    arena: Arena  # of the model
+    opens: bool  # whether a pass begins with this layer
+
     def forward(self, hidden_states: Tensor, attention_mask=None, **kwargs) -> Tensor:
         attention, mlp = self.self_attn, self.mlp
         inputs = _factors(hidden_states, attention.q_proj, attention.k_proj, attention.v_proj)
+        output = _factors(hidden_states, attention.o_proj)
         inside = _factors(hidden_states, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        if inputs is None or inside is None or kwargs.get("past_key_values") is not None:
+        if self.opens:
+            self.arena.open(hidden_states.flatten(0, 1))
+        if inputs is None or output is None or inside is None or kwargs.get("past_key_values") is not None:
             return super().forward(hidden_states, attention_mask, **kwargs)
         rows, length, _ = hidden_states.shape
         x = hidden_states.flatten(0, 1)
         cos, sin = (part.expand(rows, -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
         norm = self.input_layernorm
-        states = _QueryKeyValue.apply(x, norm.weight, norm.variance_epsilon, cos, sin, *inputs)
+        states = _QueryKeyValue.apply(self.arena, x, norm.weight, norm.variance_epsilon, cos, sin, *inputs)
         query, key, value = (part.view(rows, length, -1, attention.head_dim).transpose(1, 2) for part in states)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        if kwargs.get("segments") is not None:
+            kwargs["take"] = self.arena.take
         attended, _ = attend(attention, query, key, value, attention_mask, scaling=attention.scaling, **kwargs)
-        x = x + attention.o_proj(attended.reshape(rows * length, -1))
+        x = _Output.apply(self.arena, x, attended.reshape(rows * length, -1), *output)
         norm = self.post_attention_layernorm
-        return _GatedMlp.apply(x, norm.weight, norm.variance_epsilon, *inside).view_as(hidden_states)
+        return _GatedMlp.apply(self.arena, x, norm.weight, norm.variance_epsilon, *inside).view_as(hidden_states)
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
     """Make Llama's layers fused ones in place. To be called before the model gets its adapter."""
+    fused = []
     for layer in getattr(model.get_decoder(), "layers", ()):
         if (
             type(layer) is LlamaDecoderLayer
@@ -52,6 +62,18 @@ def fuse_layers(model: PreTrainedModel) -> None:
             and not layer.self_attn.attention_dropout
         ):
             layer.__class__ = FusedLayer  # and not a new module: adapters and checkpoints know all by their names
+            fused.append(layer)
+    arena = Arena(sum(map(_kept, fused)))
+    for number, layer in enumerate(fused):
+        layer.arena, layer.opens = arena, number == 0
+
+
+def _kept(layer: FusedLayer) -> int:
+    """Numbers per token that a layer keeps in the arena: input, query, key, value and what was attended to, the sum
+    behind them, gate and up."""
+    attention = layer.self_attn
+    heads = 2 * attention.q_proj.out_features + 2 * attention.k_proj.out_features
+    return 2 * layer.hidden_size + heads + 2 * layer.mlp.gate_proj.out_features
 
 
 def _factors(x: Tensor, *layers: nn.Module) -> list[Any] | None:
@@ -78,9 +100,9 @@ def _normalise_backward(upstream: Tensor, x: Tensor, gain: Tensor, scale: Tensor
     return upstream
 
 
-def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    """Rotary embedding of [tokens, heads · width] by angles of [tokens, width]; back again with `direction` −1."""
-    rotated = torch.empty_like(states)
+def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int, rotated: Tensor) -> Tensor:
+    """Rotary embedding of [tokens, heads · width] by angles of [tokens, width], into `rotated`; back again with
+    `direction` −1."""
     heads = (len(cos), states.shape[1] // cos.shape[1], cos.shape[1])
     layer_kernels.rotate(
         *arrays(states.view(heads), cos, sin), direction, rotated.view(heads).numpy(), SHARES,
@@ -95,17 +117,19 @@ class _QueryKeyValue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gain, epsilon, cos, sin, q_w, q_a, q_b, q_s, k_w, k_a, k_b, k_s, v_w, v_a, v_b, v_s):
+    def forward(ctx, arena, x, gain, epsilon, cos, sin, q_w, q_a, q_b, q_s, k_w, k_a, k_b, k_s, v_w, v_a, v_b, v_s):
         normal, scale = _normalise(x, gain, epsilon)
         narrow = project(normal, torch.cat([q_a, k_a, v_a]))
         parts = narrow.split([len(a) for a in (q_a, k_a, v_a)], dim=1)
-        query, key, value = (
+        query, key = (
             project(normal, w).addmm_(part, b.T, alpha=s)
-            for part, w, b, s in zip(parts, (q_w, k_w, v_w), (q_b, k_b, v_b), (q_s, k_s, v_s), strict=True)
+            for part, w, b, s in ((parts[0], q_w, q_b, q_s), (parts[1], k_w, k_b, k_s))
         )
+        value = torch.addmm(project(normal, v_w), parts[2], v_b.T, alpha=v_s, out=arena.take(x, len(v_w)))
         ctx.save_for_backward(x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b)
         ctx.scalings = q_s, k_s, v_s
-        return _rotate(query, cos, sin, 1), _rotate(key, cos, sin, 1), value
+        query, key = (_rotate(states, cos, sin, 1, arena.take(x, states.shape[1])) for states in (query, key))
+        return query, key, value
 
     @staticmethod
     def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
@@ -115,7 +139,7 @@ class _QueryKeyValue(torch.autograd.Function):
         if rows is not None:
             x, scale, cos, sin, narrow = x[rows], scale[rows], cos[rows], sin[rows], narrow[rows]
             query, key, value = query[rows], key[rows], value[rows]
-        query, key = _rotate(query, cos, sin, -1), _rotate(key, cos, sin, -1)
+        query, key = (_rotate(states, cos, sin, -1, torch.empty_like(states)) for states in (query, key))
         ranks = [len(a) for a in (q_a, k_a, v_a)]
         upstreams, scalings = (query, key, value), ctx.scalings
         inner = torch.cat(
@@ -124,16 +148,33 @@ class _QueryKeyValue(torch.autograd.Function):
         q_grad_a, k_grad_a, v_grad_a = _grad_a(inner, x, gain, scale).split(ranks)
         q_grad_b, k_grad_b, v_grad_b = map(_grad_b, narrow.split(ranks, dim=1), upstreams, scalings)
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             grad = project(query, q_w.T).add_(project(key, k_w.T)).add_(project(value, v_w.T))
             grad.addmm_(inner, torch.cat([q_a, k_a, v_a]))
             grad_x = spread(_normalise_backward(grad, x, gain, scale), rows, count)
         return (
-            *(grad_x, None, None, None, None),
+            *(None, grad_x, None, None, None, None),
             *(None, q_grad_a, q_grad_b, None),
             *(None, k_grad_a, k_grad_b, None),
             *(None, v_grad_a, v_grad_b, None),
         )
+
+
+class _Output(torch.autograd.Function):
+    """residual + o(x): x [tokens, in], w [out, in], a [rank, in], b [out, rank] → [tokens, out]."""
+
+    @staticmethod
+    def forward(ctx, arena, residual, x, w, a, b, scaling):
+        narrow = project(x, a)
+        ctx.save_for_backward(x, narrow, w, a, b)
+        ctx.scaling = scaling
+        out = torch.add(residual, project(x, w), out=arena.take(x, len(w)))
+        return out.addmm_(narrow, b.T, alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad_x, grad_a, grad_b = product_backward(upstream, ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[2])
+        return None, upstream, grad_x, None, grad_a, grad_b, None
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -144,12 +185,18 @@ class _GatedMlp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, gain, epsilon, gate_w, gate_a, gate_b, gate_s, up_w, up_a, up_b, up_s, down_w, down_a, down_b, down_s
-    ):
+        ctx, arena, x, gain, epsilon,
+        gate_w, gate_a, gate_b, gate_s, up_w, up_a, up_b, up_s, down_w, down_a, down_b, down_s,
+    ):  # fmt: skip
         normal, scale = _normalise(x, gain, epsilon)
         narrow = project(normal, torch.cat([gate_a, up_a]))
-        gate = project(normal, gate_w).addmm_(narrow[:, : len(gate_a)], gate_b.T, alpha=gate_s)
-        up = project(normal, up_w).addmm_(narrow[:, len(gate_a) :], up_b.T, alpha=up_s)
+        gate, up = (
+            torch.addmm(project(normal, w), part, b.T, alpha=s, out=arena.take(x, len(w)))
+            for part, w, b, s in (
+                (narrow[:, : len(gate_a)], gate_w, gate_b, gate_s),
+                (narrow[:, len(gate_a) :], up_w, up_b, up_s),
+            )
+        )
         inside = torch.empty_like(gate)
         layer_kernels.gated(*arrays(gate, up, inside), SHARES)
         down_narrow = project(inside, down_a)
@@ -158,7 +205,8 @@ class _GatedMlp(torch.autograd.Function):
             *(gate_w, gate_a, gate_b, up_w, up_a, up_b, down_w, down_a, down_b),
         )
         ctx.scalings = gate_s, up_s, down_s
-        return project(inside, down_w).addmm_(down_narrow, down_b.T, alpha=down_s).add_(x)
+        out = torch.add(x, project(inside, down_w), out=arena.take(x, x.shape[1]))
+        return out.addmm_(down_narrow, down_b.T, alpha=down_s)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
@@ -180,12 +228,12 @@ class _GatedMlp(torch.autograd.Function):
         inner = torch.cat([project(grad_gate, gate_b.T).mul_(gate_s), project(grad_up, up_b.T).mul_(up_s)], 1)
         grad_a = _grad_a(inner, x, gain, scale)
         grad_x = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[1]:
             grad = project(grad_gate, gate_w.T).add_(project(grad_up, up_w.T))
             grad.addmm_(inner, torch.cat([gate_a, up_a]))
             grad_x = spread(_normalise_backward(grad, x, gain, scale).add_(upstream), rows, count)
         return (
-            *(grad_x, None, None),
+            *(None, grad_x, None, None),
             *(None, grad_a[:rank], _grad_b(narrow[:, :rank], grad_gate, gate_s), None),
             *(None, grad_a[rank:], _grad_b(narrow[:, rank:], grad_up, up_s), None),
             *(None, grad_down_a, _grad_b(down_narrow, upstream, down_s), None),

@@ -64,9 +64,9 @@ def live_rows(*upstreams: Tensor) -> slice | Tensor | None:
     return rows if len(rows) < MOSTLY * len(live) else None
 
 
-def spread(part: Tensor | None, rows: slice | Tensor | None, count: int) -> Tensor | None:
+def spread(part: Tensor, rows: slice | Tensor | None, count: int) -> Tensor:
     """`count` rows: those of `part` at the places `rows`, zeros elsewhere."""
-    if part is None or rows is None:
+    if rows is None:
         return part
     whole = part.new_zeros(count, part.shape[1])
     whole[rows] = part
@@ -78,22 +78,33 @@ def across(narrow: Tensor, wide: Tensor) -> Tensor:
     return project(narrow.T, wide.T)
 
 
+def product_backward(
+    upstream: Tensor, saved: tuple[Tensor, ...], scaling: float, needed: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Gradients by x (where it is `needed`), a and b of x wᵀ + scaling · narrow · bᵀ, where narrow = x aᵀ.
+
+    `saved` holds x, narrow, w, a and b.
+    """
+    x, narrow, w, a, b = saved
+    count, rows = len(x), live_rows(upstream)
+    if rows is not None:
+        x, narrow, upstream = x[rows], narrow[rows], upstream[rows]
+    inner = project(upstream, b.T).mul_(scaling)
+    grad_x = spread(project(upstream, w.T).addmm_(inner, a), rows, count) if needed else None
+    return grad_x, across(inner, x), across(narrow, upstream).mul_(scaling).T
+
+
 class _LoraProduct(torch.autograd.Function):
     """x [tokens, in], w [out, in], a [rank, in], b [out, rank] → [tokens, out]."""
 
     @staticmethod
     def forward(ctx, x: Tensor, w: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         narrow = project(x, a)
-        ctx.save_for_backward(x, w, a, b, narrow)
+        ctx.save_for_backward(x, narrow, w, a, b)
         ctx.scaling = scaling
         return project(x, w).addmm_(narrow, b.T, alpha=scaling)
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
-        x, w, a, b, narrow = ctx.saved_tensors
-        count, rows = len(x), live_rows(upstream)
-        if rows is not None:
-            x, narrow, upstream = x[rows], narrow[rows], upstream[rows]
-        inner = project(upstream, b.T).mul_(ctx.scaling)
-        grad_x = project(upstream, w.T).addmm_(inner, a) if ctx.needs_input_grad[0] else None
-        return spread(grad_x, rows, count), None, across(inner, x), across(narrow, upstream).mul_(ctx.scaling).T, None
+        grad_x, grad_a, grad_b = product_backward(upstream, ctx.saved_tensors, ctx.scaling, ctx.needs_input_grad[0])
+        return grad_x, None, grad_a, grad_b, None
