@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bapo.training.arena import LINE, Arena
+from bapo.training.arena import LINE, ROOM, Arena
 
 
 def taken(arena, lines, width):
@@ -20,8 +20,14 @@ def test_the_next_pass_takes_the_memory_of_one_that_is_over():
     assert second.data_ptr() - first.data_ptr() == 4 * 8 * 4, "one behind the other"
     place = first.data_ptr()
     del first, second
-    arena.open(lines[:2])  # a shorter pass fits into what there is
-    assert taken(arena, lines[:2], 8).data_ptr() == place
+    for length in (2, 4 * ROOM):  # tokens, of a shorter pass and of a longer one
+        lines = torch.zeros(length, 5)
+        arena.open(lines)
+        assert taken(arena, lines, 24).data_ptr() == place
+    lines = torch.zeros(4 * ROOM + 2, 5)
+    arena.open(lines)
+    every = [taken(arena, lines, 8) for _ in range(3)]
+    assert every[2].data_ptr() - every[0].data_ptr() == 2 * lines.shape[0] * 8 * 4, "memory of its own, in one piece"
 
 
 @pytest.mark.parametrize("holder", [lambda tensor: tensor, lambda tensor: tensor[1:, 2], lambda tensor: tensor.numpy()])
@@ -61,7 +67,7 @@ def test_what_does_not_fit_is_allocated_as_usual():
 
 def test_a_longer_pass_and_one_of_another_type_get_what_they_need():
     arena = Arena(32)
-    for lines in (torch.zeros(4, 5), torch.zeros(9, 5), torch.zeros(9, 5, dtype=torch.float64)):
+    for lines in (torch.zeros(4, 5), torch.zeros(4 * ROOM + 1, 5), torch.zeros(9, 5, dtype=torch.float64)):
         arena.open(lines)
         places = []
         for _ in range(2):

@@ -115,6 +115,27 @@ def test_a_loss_that_depends_on_nothing_gives_zeros():
     assert (embeddings.grad == 0).all()
 
 
+def test_going_back_twice_is_refused_as_the_first_time_writes_over_what_was_kept():
+    _, fused = both("all-linear")
+    out = fused(inputs_embeds=torch.randn(1, 4, 32, dtype=torch.float64), use_cache=False).last_hidden_state
+    out.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_pass_that_has_not_gone_back_yet_keeps_what_it_needs():
+    """Two passes, then both ways back: the first must not find what the second has kept."""
+    plain, fused = both("all-linear")
+    every = []
+    for decoder in (plain, fused):
+        generator = torch.Generator().manual_seed(3)
+        inputs = [torch.randn(1, length, 32, dtype=torch.float64, generator=generator) for length in (6, 5)]
+        outs = [decoder(inputs_embeds=one, use_cache=False).last_hidden_state for one in inputs]
+        sum(out.square().sum() for out in outs).backward()
+        every.append({name: p.grad for name, p in decoder.named_parameters() if p.requires_grad})
+    assert_alike(every[1], every[0])
+
+
 def test_a_cache_takes_the_librarys_way():
     plain, fused = both("all-linear")
     embeddings = torch.randn(1, 6, 32, dtype=torch.float64)

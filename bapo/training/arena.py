@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Times what a pass needs. Memory that nothing has written to costs nothing; but a longer pass, were it to take new
+# memory, would have all of it made by the system again, a second for a gigabyte.
+ROOM = 4
 LINE = 64  # bytes of the processor's cache; every tensor starts at one
 
 
@@ -32,7 +35,7 @@ class Arena:
         count, memory = len(lines) * self.numbers, self._memory
         if memory is None or self._lent() is not None or memory.dtype != lines.dtype or len(memory) < count:
             self._memory = memory = None  # given back before there is another
-            self._memory = memory = torch.empty(count, dtype=lines.dtype)
+            self._memory = memory = torch.empty(ROOM * count, dtype=lines.dtype)
         self._part = memory.numpy()
         self._lent = weakref.ref(self._part)
 

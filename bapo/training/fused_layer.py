@@ -221,10 +221,10 @@ class _GatedMlp(torch.autograd.Function):
             down_narrow, upstream = down_narrow[rows], upstream[rows]
         down_inner = project(upstream, down_b.T).mul_(down_s)
         grad_gate = project(upstream, down_w.T).addmm_(down_inner, down_a)  # that of what `down` reads, at first
-        inside, grad_up = torch.empty_like(gate), torch.empty_like(gate)
-        layer_kernels.gated_backward(*arrays(grad_gate, gate, up, inside, grad_up), SHARES)
+        layer_kernels.gated_backward(*arrays(grad_gate, gate, up), SHARES)
+        torch.autograd.graph.increment_version([gate, up])  # autograd would refuse to go back a second time
+        inside, grad_up = gate, up
         grad_down_a = across(down_inner, inside)
-        del inside
         inner = torch.cat([project(grad_gate, gate_b.T).mul_(gate_s), project(grad_up, up_b.T).mul_(up_s)], 1)
         grad_a = _grad_a(inner, x, gain, scale)
         grad_x = None

@@ -70,18 +70,20 @@ def gated(gate, up, out, shares):
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
-def gated_backward(upstream, gate, up, inside, to_up, shares):
-    """In `upstream`, so far the gradient by `gated`'s out, that by gate; in `to_up` that by up; the out in `inside`."""
+def gated_backward(upstream, gate, up, shares):
+    """In `upstream`, so far the gradient by `gated`'s out, that by gate; that by up in `up`; and out in `gate`."""
     count, width = gate.shape
     for share in prange(shares):
         for m in range(count * share // shares, count * (share + 1) // shares):
-            line, other, own, result, by_up = gate[m], up[m], upstream[m], inside[m], to_up[m]
+            line, other, own = gate[m], up[m], upstream[m]
             for k in range(width):
                 sigmoid = _sigmoid(line[k])
                 activated = line[k] * sigmoid
-                result[k] = activated * other[k]
-                by_up[k] = own[k] * activated
-                own[k] = own[k] * other[k] * (sigmoid + activated - activated * sigmoid)
+                by_gate = own[k] * other[k] * (sigmoid + activated - activated * sigmoid)
+                by_up = own[k] * activated
+                line[k] = activated * other[k]
+                other[k] = by_up
+                own[k] = by_gate
 
 
 @njit(inline="always")
