@@ -212,8 +212,10 @@ def report(file: Path) -> None:
         trl.trainer.args.per_device_train_batch_size = best
         data = iter(list(trl.trainer.train_dataset))
         sides["trl"] = Side(trl.trainer, [[next(data) for _ in step] for step in steps], trl.tokens)
-        for name in ("plain", "packed"):  # TRL is warm by now
-            sides[name].take(0)
+        # TRL is warm by now, with more memory than it will need.
+        longest = max(range(len(steps)), key=lambda step: sum(map(computed_tokens, sides["packed"].steps[step])))
+        for name in ("plain", "packed"):
+            sides[name].take(longest)
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         rates, used = [], []
         for step in range(len(steps)):

@@ -8,7 +8,7 @@ from bapo.inference.projection import project
 from bapo.inference.tree_attention import arrays
 from bapo.inference.tree_kernels import weigh
 
-BLOCK = 4096  # words of the vocabulary at a time: enough for a fast product, few enough for their logits to stay near
+BLOCK = 1024  # words of the vocabulary at a time: enough for a fast product, few enough for their logits to stay near
 
 
 def token_logps(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class _TokenLogps(torch.autograd.Function):
             chosen = torch.where(here, logits.gather(1, place.clamp(0, len(words) - 1)), chosen)
             weights, decay = _weigh(logits, largest, total)
             if mean is not None:
-                mean.mul_(decay).add_(project(weights.to(weight.dtype), words.T))
+                mean = project(weights.to(weight.dtype), words.T).to(wide).addcmul_(mean, decay)
         if mean is not None:
             ctx.save_for_backward((weight[labels] - mean.div_(total)).to(hidden.dtype))
         return (chosen - largest - total.log()).squeeze(1)
