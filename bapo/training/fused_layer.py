@@ -40,7 +40,7 @@ class FusedLayer(LlamaDecoderLayer):
         x = hidden_states.flatten(0, 1)
         cos, sin = (part.expand(rows, -1, -1).flatten(0, 1) for part in kwargs.pop("position_embeddings"))
         norm = self.input_layernorm
-        states = _QueryKeyValue.apply(self.arena, x, norm.weight, norm.variance_epsilon, cos, sin, *inputs)
+        *states, x = _QueryKeyValue.apply(self.arena, x, norm.weight, norm.variance_epsilon, cos, sin, *inputs)
         query, key, value = (part.view(rows, length, -1, attention.head_dim).transpose(1, 2) for part in states)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         if kwargs.get("segments") is not None:
@@ -94,10 +94,18 @@ def _normalise(x: Tensor, gain: Tensor, epsilon: float) -> tuple[Tensor, Tensor]
     return normal, scale
 
 
-def _normalise_backward(upstream: Tensor, x: Tensor, gain: Tensor, scale: Tensor) -> Tensor:
-    """The gradient by x; in place of `upstream`."""
-    layer_kernels.normalise_backward(*arrays(upstream, x, gain, scale), SHARES)
-    return upstream
+def _normalise_backward(
+    upstream: Tensor, x: Tensor, gain: Tensor, scale: Tensor, beside: Tensor, rows: slice | Tensor | None, count: int
+) -> Tensor:
+    """The gradient by x, + `beside`, of those of `count` rows that are `rows`; zeros in the others."""
+    if not isinstance(rows, slice):
+        out = torch.empty_like(x)
+        layer_kernels.normalise_backward(*arrays(upstream, x, gain, scale, beside, out), SHARES)
+        return spread(out, rows, count)
+    whole = x.new_empty(count, x.shape[1])
+    whole[rows.stop :] = 0
+    layer_kernels.normalise_backward(*arrays(upstream, x, gain, scale, beside, whole[rows]), SHARES)
+    return whole
 
 
 def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int, rotated: Tensor) -> Tensor:
@@ -111,8 +119,9 @@ def _rotate(states: Tensor, cos: Tensor, sin: Tensor, direction: int, rotated: T
 
 
 class _QueryKeyValue(torch.autograd.Function):
-    """Norm, products and rotation: x [tokens, in] → query, key and value, [tokens, heads · width] each.
+    """Norm, products and rotation: x [tokens, in] → query, key and value, [tokens, heads · width] each, and x.
 
+    What x is added to later takes it from here, so that its gradient comes by here and is added on the way.
     Every w [out, in], a [rank, in], b [out, rank]; cos and sin [tokens, width].
     """
 
@@ -129,16 +138,16 @@ class _QueryKeyValue(torch.autograd.Function):
         ctx.save_for_backward(x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b)
         ctx.scalings = q_s, k_s, v_s
         query, key = (_rotate(states, cos, sin, 1, arena.take(x, states.shape[1])) for states in (query, key))
-        return query, key, value
+        return query, key, value, x
 
     @staticmethod
-    def backward(ctx, query: Tensor, key: Tensor, value: Tensor):
+    def backward(ctx, query: Tensor, key: Tensor, value: Tensor, beside: Tensor):
         x, gain, scale, cos, sin, narrow, q_w, q_a, q_b, k_w, k_a, k_b, v_w, v_a, v_b = ctx.saved_tensors
-        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        count, rows = len(x), live_rows(query, key, value)
+        query, key, value, beside = (upstream.contiguous() for upstream in (query, key, value, beside))
+        count, rows = len(x), live_rows(query, key, value, beside)
         if rows is not None:
             x, scale, cos, sin, narrow = x[rows], scale[rows], cos[rows], sin[rows], narrow[rows]
-            query, key, value = query[rows], key[rows], value[rows]
+            query, key, value, beside = query[rows], key[rows], value[rows], beside[rows]
         query, key = (_rotate(states, cos, sin, -1, torch.empty_like(states)) for states in (query, key))
         ranks = [len(a) for a in (q_a, k_a, v_a)]
         upstreams, scalings = (query, key, value), ctx.scalings
@@ -151,7 +160,7 @@ class _QueryKeyValue(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad = project(query, q_w.T).add_(project(key, k_w.T)).add_(project(value, v_w.T))
             grad.addmm_(inner, torch.cat([q_a, k_a, v_a]))
-            grad_x = spread(_normalise_backward(grad, x, gain, scale), rows, count)
+            grad_x = _normalise_backward(grad, x, gain, scale, beside, rows, count)
         return (
             *(None, grad_x, None, None, None, None),
             *(None, q_grad_a, q_grad_b, None),
@@ -231,7 +240,7 @@ class _GatedMlp(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad = project(grad_gate, gate_w.T).add_(project(grad_up, up_w.T))
             grad.addmm_(inner, torch.cat([gate_a, up_a]))
-            grad_x = spread(_normalise_backward(grad, x, gain, scale).add_(upstream), rows, count)
+            grad_x = _normalise_backward(grad, x, gain, scale, upstream, rows, count)
         return (
             *(None, grad_x, None, None),
             *(None, grad_a[:rank], _grad_b(narrow[:, :rank], grad_gate, gate_s), None),

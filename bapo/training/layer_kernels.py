@@ -27,18 +27,18 @@ def normalise(x, gain, epsilon, out, scale, shares):
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
-def normalise_backward(upstream, x, gain, scale, shares):
-    """In place of `upstream`, the gradient by `normalise`'s out, that by x."""
+def normalise_backward(upstream, x, gain, scale, beside, out, shares):
+    """out = `beside` + the gradient by `normalise`'s x, where `upstream` is that by its out."""
     count, width = x.shape
     for share in prange(shares):
         for m in range(count * share // shares, count * (share + 1) // shares):
-            line, own, factor = x[m], upstream[m], scale[m]
-            along = own[0] * gain[0] * line[0]
+            line, above, more, own, factor = x[m], upstream[m], beside[m], out[m], scale[m]
+            along = above[0] * gain[0] * line[0]
             for k in range(1, width):
-                along += own[k] * gain[k] * line[k]
+                along += above[k] * gain[k] * line[k]
             back = along * factor * factor / x.dtype.type(width)
             for k in range(width):
-                own[k] = (own[k] * gain[k] - line[k] * back) * factor
+                own[k] = (above[k] * gain[k] - line[k] * back) * factor + more[k]
 
 
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
