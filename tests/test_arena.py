@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bapo.training import arena as arena_module
 from bapo.training.arena import LINE, ROOM, Arena
 
 
@@ -76,6 +77,15 @@ def test_a_longer_pass_and_one_of_another_type_get_what_they_need():
             places.append(tensor.data_ptr())
             del tensor
         assert places[1] - places[0] == len(lines) * 16 * lines.itemsize
+
+
+def test_where_there_is_no_room_a_pass_gets_what_it_needs(monkeypatch):
+    monkeypatch.setattr(arena_module, "ROOM", 10**15)
+    arena = Arena(32)
+    lines = torch.zeros(4, 5)
+    arena.open(lines)
+    first, last = (taken(arena, lines, 16) for _ in range(2))
+    assert last.data_ptr() - first.data_ptr() == 4 * 16 * 4
 
 
 def test_nothing_is_lent_where_nothing_is_kept():

@@ -35,7 +35,11 @@ class Arena:
         count, memory = len(lines) * self.numbers, self._memory
         if memory is None or self._lent() is not None or memory.dtype != lines.dtype or len(memory) < count:
             self._memory = memory = None  # given back before there is another
-            self._memory = memory = torch.empty(ROOM * count, dtype=lines.dtype)
+            try:
+                memory = torch.empty(ROOM * count, dtype=lines.dtype)
+            except RuntimeError:  # some systems promise no more than they have
+                memory = torch.empty(count, dtype=lines.dtype)
+            self._memory = memory
         self._part = memory.numpy()
         self._lent = weakref.ref(self._part)
 
