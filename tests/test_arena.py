@@ -59,11 +59,14 @@ def test_what_does_not_fit_is_allocated_as_usual():
     arena = Arena(8)
     lines = torch.zeros(4, 5)
     arena.open(lines)
-    inside, outside, other = (arena.take(lines, 8), arena.take(lines, 8), arena.take(lines.double(), 1))
-    assert outside.shape == (4, 8) and other.dtype == torch.float64
-    inside.fill_(1)
-    outside.fill_(2)
-    assert (inside == 1).all() and (outside == 2).all()
+    inside, outside, other = arena.take(lines, 8), arena.take(lines, 8 * ROOM), arena.take(lines.double(), 1)
+    behind = arena.take(lines, 8)
+    assert behind.data_ptr() - inside.data_ptr() == 4 * 8 * 4, "what was allocated elsewhere takes no room"
+    assert outside.shape == (4, 8 * ROOM) and other.dtype == torch.float64
+    for number, tensor in enumerate((inside, outside, other, behind)):
+        tensor.fill_(number)
+    for number, tensor in enumerate((inside, outside, other, behind)):
+        assert (tensor == number).all()
 
 
 def test_a_longer_pass_and_one_of_another_type_get_what_they_need():

@@ -231,7 +231,7 @@ class _GatedMlp(torch.autograd.Function):
         down_inner = project(upstream, down_b.T).mul_(down_s)
         grad_gate = project(upstream, down_w.T).addmm_(down_inner, down_a)  # that of what `down` reads, at first
         layer_kernels.gated_backward(*arrays(grad_gate, gate, up), SHARES)
-        torch.autograd.graph.increment_version([gate, up])  # autograd would refuse to go back a second time
+        torch.autograd.graph.increment_version([gate, up])  # so that autograd refuses to go back a second time
         inside, grad_up = gate, up
         grad_down_a = across(down_inner, inside)
         inner = torch.cat([project(grad_gate, gate_b.T).mul_(gate_s), project(grad_up, up_b.T).mul_(up_s)], 1)
