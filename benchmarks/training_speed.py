@@ -150,7 +150,7 @@ def bapo_side(steps: list[list[Pair]], folder: str, packed: bool) -> Side:
 def padded_triples(examples: list[dict]) -> dict:
     """Pairs as anyone would write BAPO first: three rows for each pair, padded to the longest of the batch."""
     trees = [PromptTree.grow(example["prompt_ids"], [example[f"{role}_ids"]]) for example in examples for role in ROLES]
-    part: dict = {"sequence": pad_trees(trees), "share": 1.0}
+    part: dict = {"sequence": pad_trees(trees), "share": 1.0, "late": 0}
     for number, role in enumerate(ROLES):
         part[f"{role}_branch"] = torch.arange(number, 3 * len(examples), 3)
         part[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for example in examples])
@@ -183,8 +183,8 @@ def model_gflop(side: Side, step: int) -> float:
     head = model.get_output_embeddings().weight.numel()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) - head
     computed, predicted = (sum(map(count, side.steps[step])) for count in (computed_tokens, predicted_tokens))
-    backwards = computed - predicted + sum(side.predicting)
-    return (2 * linear * (computed + backwards) + 4 * head * predicted) / 1e9
+    live = sum(side.predicting)
+    return 2 * (linear * (2 * computed - predicted + live) + head * (predicted + live)) / 1e9
 
 
 def peak_megabytes(name: str, file: Path, batch_size: int) -> float:

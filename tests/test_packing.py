@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention.flex_attention import create_mask, flex_attention
 
+import bapo.inference.token_logps as token_logps_module
 from bapo.inference.base import load_base
 from bapo.inference.prefix_tree import PromptTree, pack_trees
 from bapo.inference.scoring import branch_logps, response_logps
@@ -59,7 +60,7 @@ def packed(policy, rows, budget=4096, limits=None):
     batch = PairCollator(limits or limits_of(policy), budget)(rows)
     losses, scored = [], []
     for part in batch["parts"]:
-        logps = branch_logps(policy, policy, part["sequence"])
+        logps = branch_logps(policy, policy, part["sequence"], part["late"])
         own = Logps(*(logps[part[f"{role}_branch"]] for role in ROLES))
         reference = Logps(*(part[f"ref_{role}_logps"].to(logps.dtype) for role in ROLES))
         losses.append(part["share"] * bapo(own, reference, BETA, LAMBDA).mean())
@@ -178,7 +179,28 @@ def test_packing_saves_what_pairs_share():
     assert batch["parts"][0]["chosen_branch"].equal(batch["parts"][0]["rejected_branch"])
 
 
-def test_token_logps_and_their_gradient_against_the_whole_softmax():
+def test_late_positions_are_those_of_anchors_alone():
+    prompt, chosen, rejected, base = [1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11, 12]
+
+    def late(budget, *triples):
+        rows = [
+            {**dict(zip(["prompt_ids", *(f"{role}_ids" for role in ROLES)], triple, strict=True))}
+            | {f"ref_{role}_logps": 0.0 for role in ROLES}
+            for triple in triples
+        ]
+        return [part["late"] for part in PairCollator(TREES, budget)(rows)["parts"]]
+
+    other = ([3, 2, 1], rejected, chosen, [13] * 6)
+    assert late(99, (prompt, chosen, rejected, base)) == [4]
+    assert late(99, (prompt, chosen, rejected, base), other) == [10], "all groups' base responses stand at the end"
+    assert late(1, (prompt, chosen, rejected, base), other) == [4, 6]
+    assert late(99, (prompt, base, rejected, base)) == [0], "the base response is preferred"
+    assert late(99, (prompt, base, base, base)) == [4], "nothing is preferred"
+    assert late(99, (prompt, chosen, rejected, base), ([3, 2, 1], base, base, base)) == [8]
+
+
+@pytest.mark.parametrize("late", [0, 4, 9])
+def test_token_logps_and_their_gradient_against_the_whole_softmax(late, monkeypatch):
     torch.manual_seed(0)
     words = 2 * BLOCK + 5
     head = nn.Linear(6, words, bias=True).double().requires_grad_(False)
@@ -187,12 +209,22 @@ def test_token_logps_and_their_gradient_against_the_whole_softmax():
     labels = torch.tensor([0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, 2 * BLOCK + 1, words - 1, 77])
     assert len((head(hidden).argmax(1) // BLOCK).unique()) >= 2, "largest logits in several blocks"
     upstream = torch.randn(9, dtype=torch.float64)
+    upstream[[1, 6, 8]] = 0
     whole = head(hidden).log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
     (expected,) = torch.autograd.grad(whole @ upstream, hidden)
-    blockwise = token_logps(hidden, head, labels)
+    visits = []
+    visit = token_logps_module._over_the_vocabulary
+    monkeypatch.setattr(
+        token_logps_module, "_over_the_vocabulary", lambda *args: visits.append(args[4]) or visit(*args)
+    )
+    blockwise = token_logps(hidden, head, labels, late)
     (gradient,) = torch.autograd.grad(blockwise @ upstream, hidden)
     torch.testing.assert_close(blockwise, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12)
+    assert visits == [9 - late, int(upstream[9 - late :].count_nonzero())][: 1 + bool(late)]
+    blockwise = token_logps(hidden, head, labels, late)
+    blockwise[: 9 - late].sum().backward()
+    assert visits[-1] == 9 - late and not hidden.grad[9 - late :].any(), "nothing asked for a late one's gradient"
     with pytest.raises(ValueError, match="is trained"):
         token_logps(hidden, head.requires_grad_(True), labels)
 

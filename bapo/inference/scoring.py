@@ -53,10 +53,11 @@ def _on(device: torch.device, value: Any) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
-def branch_logps(forward: Callable, model: PreTrainedModel, batch: Batch) -> Tensor:
+def branch_logps(forward: Callable, model: PreTrainedModel, batch: Batch, late: int = 0) -> Tensor:
     """Summed log-probs, in nats, of every branch of a batch made by `pack_trees` or `pad_trees`.
 
-    Differentiable; shape [branches], float32 or wider.
+    Differentiable; shape [branches], float32 or wider. `late` counts the predicting positions at the end on which
+    a loss may not depend (see `token_logps`).
     """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     if "segments" in batch:
@@ -75,7 +76,7 @@ def branch_logps(forward: Callable, model: PreTrainedModel, batch: Batch) -> Ten
     with _at_the_head(head, predicting, skip=projected) as hidden:
         logits = forward(**inputs, use_cache=False).logits
     if projected:
-        logps = token_logps(hidden[0], head, batch["labels"])
+        logps = token_logps(hidden[0], head, batch["labels"], late)
     else:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logps = logits.gather(1, batch["labels"].unsqueeze(1)).squeeze(1) - logits.logsumexp(1)

@@ -29,8 +29,9 @@ class PairCollator:
         """Collate dicts with `prompt_ids`, `chosen_ids`, `rejected_ids`, `base_ids` and the three `ref_*_logps`.
 
         Returns `parts`, one for each packed sequence: `sequence`, a batch for `branch_logps`; `share`,
-        the part's share of the pairs; and, each of shape [pairs of the part], `chosen_branch`,
-        `rejected_branch` and `base_branch`, which number the sequence's branches, and the `ref_*_logps`.
+        the part's share of the pairs; `late`, how many predicting positions at the end belong to anchors alone; and,
+        each of shape [pairs of the part], `chosen_branch`, `rejected_branch` and `base_branch`, which number the
+        sequence's branches, and the `ref_*_logps`.
         """
         # dicts as ordered sets: prompt → response → branch number inside the prompt's group
         groups: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
@@ -56,7 +57,7 @@ class PairCollator:
                 numbers = [offsets[prompt] + groups[prompt][tuple(example[f"{role}_ids"])] for prompt, example in own]
                 part[f"{role}_branch"] = torch.tensor(numbers)
                 part[f"ref_{role}_logps"] = torch.tensor([example[f"ref_{role}_logps"] for _, example in own])
-            parts.append({**part, "share": len(own) / len(examples)})
+            parts.append({**part, "share": len(own) / len(examples), "late": _late(part)})
         return {"parts": parts}
 
     def _sequences(self, trees: dict[tuple[int, ...], PromptTree]) -> list[list[tuple[int, ...]]]:
@@ -74,6 +75,14 @@ class PairCollator:
 
     def _lay_out(self, trees: list[PromptTree]) -> Batch:
         return (pack_trees if all(map(self.limits.pack, trees)) else pad_trees)(trees)
+
+
+def _late(part: dict[str, Any]) -> int:
+    """Predicting positions behind the last response that a pair prefers or rejects."""
+    branches, chosen, rejected = part["sequence"]["branches"], part["chosen_branch"], part["rejected_branch"]
+    paired = chosen != rejected
+    early = torch.isin(branches[branches != PREFIX], torch.cat([chosen[paired], rejected[paired]])).nonzero()
+    return int((branches != PREFIX).sum()) - (int(early.max()) + 1 if len(early) else 0)
 
 
 def computed_tokens(batch: dict[str, Any]) -> int:

@@ -97,7 +97,7 @@ class BAPOTrainer(DPOTrainer):
         bare = self.accelerator.unwrap_model(model)  # `model` may be wrapped for several processes
         loss = torch.zeros((), device=self.args.device)
         for part in inputs["parts"]:
-            logps = branch_logps(model, bare, part["sequence"])
+            logps = branch_logps(model, bare, part["sequence"], part["late"])
             policy = Logps(*(logps[part[f"{role}_branch"]] for role in Logps._fields))
             reference = Logps(*(part[f"ref_{role}_logps"] for role in Logps._fields))
             losses = self.objective(policy, reference, self.beta, self.lambda_)
