@@ -109,13 +109,14 @@ def _in_panels(lines, out):
 
 
 @njit(nogil=True)
-def _against(lines, first, panels, bound, out):
-    """out[r, s] = Σ_d lines[first + r, d] · panels[s]ᵀ[d], for the rows of a block and s < `bound`."""
+def _against(lines, first, panels, past, bound, out):
+    """out[r, s] = Σ_d lines[first + r, d] · panels[s]ᵀ[d], for the rows of a block and s < `bound`; where s lies a
+    tile and more beyond `past` + r, what the row may see, nothing is written."""
     width = lines.shape[1]
     left, right, flat = lines.reshape(-1), panels.reshape(-1), out.reshape(-1)
     rows = min(BLOCK, len(lines) - first)
     for s in range(0, bound, COLUMNS):
-        for r in range(0, rows, ROWS):
+        for r in range(max(0, s - past) // ROWS * ROWS, rows, ROWS):
             _tile(
                 left, (first + r) * width, width, 1, right, s * width, COLUMNS, flat, r * out.shape[1] + s,
                 out.shape[1], width,
@@ -123,26 +124,29 @@ def _against(lines, first, panels, bound, out):
 
 
 @njit(nogil=True)
-def _along(weights, lines, bound, rows, out):
-    """out[r] = Σ_s weights[r, s] · lines[s], for s < `bound`."""
+def _along(weights, lines, past, bound, rows, out):
+    """out[r] = Σ_s weights[r, s] · lines[s], for s < `bound`; beyond `past` + r the weights are zeros."""
     left, right, flat = weights.reshape(-1), lines.reshape(-1), out.reshape(-1)
     width = lines.shape[1]
     for d in range(0, width, COLUMNS):
         for r in range(0, rows, ROWS):
             _tile(
-                left, r * weights.shape[1], weights.shape[1], 1, right, d, width, flat, r * width + d, width, bound,
+                left, r * weights.shape[1], weights.shape[1], 1, right, d, width, flat, r * width + d, width,
+                min(bound, past + r + ROWS),
             )  # fmt: skip
 
 
 @njit(nogil=True)
-def _across(weights, lines, first, bound, rows, out):
-    """out[s] += Σ_r weights[r, s] · lines[first + r], for s < `bound`."""
+def _across(weights, lines, first, past, bound, rows, out):
+    """out[s] += Σ_r weights[r, s] · lines[first + r], for s < `bound`; beyond `past` + r the weights are zeros."""
     left, right, flat = weights.reshape(-1), lines.reshape(-1), out.reshape(-1)
     width = lines.shape[1]
     for d in range(0, width, COLUMNS):
         for s in range(0, bound, ROWS):
+            start = max(0, s - past)
             _tile_added(
-                left, s, 1, weights.shape[1], right, first * width + d, width, flat, s * width + d, width, rows,
+                left, start * weights.shape[1] + s, 1, weights.shape[1], right, (first + start) * width + d, width,
+                flat, s * width + d, width, rows - start,
             )  # fmt: skip
 
 
@@ -198,7 +202,7 @@ def attend_trees(query, key, value, segments, scaling, out, sums, workers):
                 for first in range(0, lines, BLOCK):
                     some = min(BLOCK, lines - first)
                     bound = min(seen, _up(before + first + some, COLUMNS))
-                    _against(queries, first, panels, bound, scores)
+                    _against(queries, first, panels, before + first, bound, scores)
                     for r in range(some):
                         count = min(before + first + r + 1, before + length)
                         line = scores[r]
@@ -210,7 +214,7 @@ def attend_trees(query, key, value, segments, scaling, out, sums, workers):
                         totals[r] = total
                         if first + r < length:
                             sums[m, head, own + first + r] = largest + np.log(total)
-                    _along(scores, values, bound, some, result)
+                    _along(scores, values, before + first, bound, some, result)
                     for r in range(min(some, length - first)):
                         place = out[m, own + first + r, head]
                         for d in range(width):
@@ -258,8 +262,8 @@ def attend_trees_backward(
                 for first in range(0, lines, BLOCK):
                     some = min(BLOCK, lines - first)
                     bound = min(seen, _up(before + first + some, COLUMNS))
-                    _against(queries, first, key_panels, bound, weights)
-                    _against(aboves, first, value_panels, bound, slopes)
+                    _against(queries, first, key_panels, before + first, bound, weights)
+                    _against(aboves, first, value_panels, before + first, bound, slopes)
                     for r in range(some):
                         if first + r >= length:
                             weights[r, :bound] = 0
@@ -274,12 +278,12 @@ def attend_trees_backward(
                         for s in range(count):
                             slopes[r, s] = weights[r, s] * (slopes[r, s] - mean)
                         slopes[r, count:bound] = 0
-                    _along(slopes, keys, bound, some, result)
+                    _along(slopes, keys, before + first, bound, some, result)
                     for r in range(min(some, length - first)):
                         for d in range(width):
                             to_query[m, own + first + r, head, d] = result[r, d] * scaling
-                    _across(weights, aboves, first, bound, some, by_value)
-                    _across(slopes, queries, first, bound, some, by_key)
+                    _across(weights, aboves, first, before + first, bound, some, by_value)
+                    _across(slopes, queries, first, before + first, bound, some, by_key)
             parts[unit, 0, :before] = by_key[:before, :width]
             parts[unit, 1, :before] = by_value[:before, :width]
             to_key[m, own : own + length, g] = by_key[before : before + length, :width]
