@@ -171,6 +171,20 @@ def _powers(scores, count, bound, largest):
     scores[count:bound] = 0
 
 
+@njit(nogil=True)
+def _deal(segments, copies, live, workers):
+    """The worker of every unit, which are `copies` of each segment: whoever has least to do so far. Units that are not
+    `live` cost nothing."""
+    owners, loads = np.empty(len(live), np.int64), np.zeros(workers, np.int64)
+    for unit in range(len(live)):
+        _, before, _, length = segments[unit // copies]
+        owner = loads.argmin()
+        owners[unit] = owner
+        if live[unit]:
+            loads[owner] += length * (2 * before + length)
+    return owners
+
+
 @njit(fastmath=FREEDOM, parallel=True, nogil=True, cache=True)
 def attend_trees(query, key, value, segments, scaling, out, sums, workers):
     """out = softmax(scaling · query · keyᵀ) · value for what a query may see, and `sums`, the logs of what the
@@ -178,14 +192,17 @@ def attend_trees(query, key, value, segments, scaling, out, sums, workers):
 
     `query` and `out` [rows, T, H, D], `key` and `value` [rows, T, G, D], `sums` [rows, H, T], contiguous, float32 or
     float64; `segments` [n, 4] are (prefix, its length, own, its length): places of the sequence whose positions see the
-    prefix and themselves up to their own. The longest first, as they are dealt to the `workers` in turn.
+    prefix and themselves up to their own. The longest first, as they are dealt to the `workers` one by one.
     """
     rows, _, heads, width = query.shape
     groups = key.shape[2]
     shared, wide = heads // groups, _up(width, COLUMNS)
     units = len(segments) * groups * rows
+    owners = _deal(segments, groups * rows, np.ones(units, np.bool_), workers)
     for worker in prange(workers):
-        for unit in range(worker, units, workers):
+        for unit in range(units):
+            if owners[unit] != worker:
+                continue
             m, g = unit % rows, unit // rows % groups
             prefix, before, own, length = segments[unit // rows // groups]
             seen, lines = _up(before + length, COLUMNS), _up(length, ROWS)
@@ -234,15 +251,22 @@ def attend_trees_backward(
     longest = segments[:, 1].max()
     # What a branch gives its prefix's keys and values is added up at the end: branches are computed at once.
     parts = np.zeros((units, 2, longest, width), query.dtype)
+    live = np.empty(units, np.bool_)
+    for unit in range(units):
+        m, g = unit % rows, unit // rows % groups
+        _, _, own, length = segments[unit // rows // groups]
+        live[unit] = _any(upstream[m, own : own + length, g * shared : (g + 1) * shared])
+    owners = _deal(segments, groups * rows, live, workers)
     for worker in prange(workers):
-        for unit in range(worker, units, workers):
+        for unit in range(units):
+            if owners[unit] != worker:
+                continue
             m, g = unit % rows, unit // rows % groups
             prefix, before, own, length = segments[unit // rows // groups]
-            above = upstream[m, own : own + length, g * shared : (g + 1) * shared]
-            to_query[m, own : own + length, g * shared : (g + 1) * shared] = 0
-            to_key[m, own : own + length, g] = 0
-            to_value[m, own : own + length, g] = 0
-            if not _any(above):
+            if not live[unit]:
+                to_query[m, own : own + length, g * shared : (g + 1) * shared] = 0
+                to_key[m, own : own + length, g] = 0
+                to_value[m, own : own + length, g] = 0
                 continue
             seen, lines = _up(before + length, COLUMNS), _up(length, ROWS)
             keys = np.empty((seen, wide), query.dtype)
