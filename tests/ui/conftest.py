@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from bapo.adapters import AdapterStore
 from bapo.inference.base import EMBEDDED, load_base
@@ -24,6 +24,9 @@ FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+
+# A busy machine may take a minute over anything; only a test that fails waits that long.
+expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="session")

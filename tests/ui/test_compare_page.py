@@ -7,15 +7,14 @@ import pytest
 from playwright.sync_api import Page, expect
 
 NAMES = ("base", "dpo", "bapo")
-MINUTES = 60_000  # milliseconds
 LONGEST = 2048  # tokens, as the tiny app is set up
 
 
 def open_page(page: Page, address: str) -> None:
     page.goto(address)
-    expect(page.locator("#prompt textarea")).to_be_visible(timeout=MINUTES)
+    expect(page.locator("#prompt textarea")).to_be_visible()
     # Buttons come in a script of their own, which a busy machine may run after the prompt has appeared.
-    expect(page.locator("#ask")).to_be_visible(timeout=MINUTES)
+    expect(page.locator("#ask")).to_be_visible()
 
 
 def ask(page: Page, prompt: str) -> None:
@@ -53,9 +52,9 @@ def test_three_answers_stream_and_the_drift_is_drawn(page, real_app):
         assert len(answer(page, name).inner_text()) > 40, "the first screen makes the argument without a click"
     choose_length(page, 24)
     ask(page, "What is a rainbow?")
-    expect(page.locator("#answer-base footer")).to_contain_text(re.compile(r"^[2-9] tokens"), timeout=2 * MINUTES)
+    expect(page.locator("#answer-base footer")).to_contain_text(re.compile(r"^[2-9] tokens"), timeout=120_000)
     early = {name: answer(page, name).inner_text() for name in NAMES}
-    expect(state(page)).to_contain_text(re.compile(r"tokens in .* s, .* tokens/s"), timeout=2 * MINUTES)
+    expect(state(page)).to_contain_text(re.compile(r"tokens in .* s, .* tokens/s"), timeout=120_000)
     for name in NAMES:
         final = answer(page, name).inner_text()
         assert final.startswith(early[name].rstrip("…▌")), "an answer only grows"
@@ -73,7 +72,7 @@ def test_stop_change_the_preference_ask_again_reload(page, tiny_app):
     open_page(page, tiny_app)
     choose_length(page, 512)
     ask(page, "why?")
-    expect(page.locator("#answer-bapo footer")).to_contain_text("tokens/s", timeout=MINUTES)
+    expect(page.locator("#answer-bapo footer")).to_contain_text("tokens/s")
     page.click("#stop")
     expect(state(page)).to_contain_text(re.compile(r"Stopped after \d+ tokens"))
     expect(page.locator("#ask")).to_be_enabled()
@@ -86,10 +85,10 @@ def test_stop_change_the_preference_ask_again_reload(page, tiny_app):
     expect(page.locator("#about")).to_contain_text("lyrical prose")
     choose_length(page, 8)
     page.click("#ask")
-    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    expect(state(page)).to_contain_text("24 tokens in")
     assert not answer(page, "dpo").inner_text().startswith(stopped[:20])
     page.reload()
-    expect(page.locator("#prompt textarea")).to_be_visible(timeout=MINUTES)
+    expect(page.locator("#prompt textarea")).to_be_visible()
     expect(page.locator("#ask")).to_be_enabled()
     expect(state(page)).to_contain_text("Ask a question")
 
@@ -101,13 +100,13 @@ def test_two_tabs_at_once_get_their_own_text_and_the_short_answer_does_not_wait(
     choose_length(page, LONGEST)
     choose_length(second, 16)
     ask(page, "first?")
-    expect(page.locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
+    expect(page.locator("#answer-base footer")).to_contain_text("tokens/s")
     ask(second, "second?")
-    expect(state(second)).to_contain_text("48 tokens in", timeout=MINUTES)
+    expect(state(second)).to_contain_text("48 tokens in")
     expect(state(page)).to_contain_text("Answering")
     assert answer(page, "base").inner_text()[:16] != answer(second, "base").inner_text()[:16]
     page.click("#stop")
-    expect(state(page)).to_contain_text("Stopped after", timeout=MINUTES)
+    expect(state(page)).to_contain_text("Stopped after")
     second.context.close()
 
 
@@ -118,7 +117,7 @@ def test_closed_tabs_give_the_model_up(browser, page, tiny_app):
         choose_length(tab, 8 if tab is page else LONGEST)
     for tab in leaving:
         ask(tab, "first?")
-        expect(tab.locator("#answer-base footer")).to_contain_text("tokens/s", timeout=MINUTES)
+        expect(tab.locator("#answer-base footer")).to_contain_text("tokens/s")
     assert load(tiny_app) > 50
     for tab in leaving:
         tab.context.close()
@@ -128,7 +127,7 @@ def test_closed_tabs_give_the_model_up(browser, page, tiny_app):
     else:
         pytest.fail("the app still answers those who have left")
     ask(page, "second?")
-    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    expect(state(page)).to_contain_text("24 tokens in")
 
 
 def load(url: str) -> float:
@@ -147,7 +146,7 @@ def test_any_prompt_is_shown_safely(page, tiny_app, prompt):
     open_page(page, tiny_app)
     choose_length(page, 8)
     ask(page, prompt)
-    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    expect(state(page)).to_contain_text("24 tokens in")
     assert page.locator("#prompt textarea").input_value() == prompt
     assert page.locator(".gradio-container img[src=x], #answer-base b").count() == 0
 
@@ -157,7 +156,7 @@ def test_a_prompt_that_cannot_be_answered_is_told_so_in_place(page, tiny_app, pr
     open_page(page, tiny_app)
     page.fill("#prompt textarea", prompt)
     page.click("#ask")
-    expect(page.locator("#state [role=alert]")).to_contain_text(sentence, timeout=MINUTES)
+    expect(page.locator("#state [role=alert]")).to_contain_text(sentence)
     expect(page.locator("#ask")).to_be_enabled()
 
 
@@ -166,7 +165,7 @@ def test_a_preference_with_one_method_has_one_line(page, tiny_app):
     page.locator("#preference").get_by_label("Business").check()
     choose_length(page, 8)
     ask(page, "why?")
-    expect(state(page)).to_contain_text("16 tokens in", timeout=MINUTES)
+    expect(state(page)).to_contain_text("16 tokens in")
     expect(page.locator("#chart .scatterlayer .trace")).to_have_count(1)
 
 
@@ -177,7 +176,7 @@ def test_a_phone_scrolls_one_way_only(browser, tiny_app, scheme):
     open_page(page, tiny_app)
     choose_length(page, 8)
     ask(page, "why?")
-    expect(state(page)).to_contain_text("24 tokens in", timeout=MINUTES)
+    expect(state(page)).to_contain_text("24 tokens in")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     boxes = [page.locator(f"#answer-{name}").bounding_box() for name in NAMES]
     assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"], "columns stack"

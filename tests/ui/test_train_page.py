@@ -47,7 +47,7 @@ def pairs_file(tmp_path_factory):
 def open_train(page: Page, address: str) -> None:
     page.goto(address)
     page.get_by_role("tab", name="Train").click()
-    expect(page.locator("#train")).to_be_visible(timeout=20_000)
+    expect(page.locator("#train")).to_be_visible()
 
 
 def state(page: Page):
@@ -63,8 +63,8 @@ def points(page: Page) -> int:
     return page.evaluate(script)
 
 
-def wait_for_points(page: Page, more_than: int, seconds: int) -> int:
-    for _ in range(seconds * 2):
+def wait_for_points(page: Page, more_than: int) -> int:
+    for _ in range(240):  # two minutes
         if points(page) > more_than:
             return points(page)
         page.wait_for_timeout(500)
@@ -72,11 +72,10 @@ def wait_for_points(page: Page, more_than: int, seconds: int) -> int:
 
 
 def test_from_a_file_with_faults_to_three_answers(page, train_app, pairs_file):
-    patience = 300_000 if REAL else 90_000
     open_train(page, train_app)
     page.locator("#pairs-file input[type=file]").set_input_files(pairs_file)
     report = page.locator("#pairs-report")
-    expect(report).to_contain_text("24 pairs of 24 prompts in 27 rows", timeout=30_000)
+    expect(report).to_contain_text("24 pairs of 24 prompts in 27 rows")
     expect(report).to_contain_text("3 rows cannot be used")
     rows = report.locator("tbody tr")
     assert rows.all_inner_texts() == [
@@ -96,33 +95,33 @@ def test_from_a_file_with_faults_to_three_answers(page, train_app, pairs_file):
     page.get_by_label("Epochs").fill(EPOCHS)
     page.get_by_label("Probe prompt 1").fill("What is a cup?")
     page.locator("#train").click()
-    expect(page.locator("#train-message")).to_contain_text("You may close this page", timeout=20_000)
+    expect(page.locator("#train-message")).to_contain_text("You may close this page")
 
-    first = wait_for_points(page, 0, seconds=120)
-    wait_for_points(page, first, seconds=60)
+    first = wait_for_points(page, 0)
+    wait_for_points(page, first)
     page.reload()
     page.get_by_role("tab", name="Train").click()
-    expect(page.locator("#job")).to_contain_text("what-else", timeout=20_000)
-    reached = wait_for_points(page, first, seconds=60)
+    expect(page.locator("#job")).to_contain_text("what-else")
+    reached = wait_for_points(page, first)
 
     page.locator("#cancel-job").click()
-    expect(state(page)).to_have_attribute("data-state", "cancelled", timeout=10_000)
+    expect(state(page)).to_have_attribute("data-state", "cancelled")
     page.wait_for_timeout(3000)
     page.locator("#resume-job").click()
-    expect(state(page)).to_have_attribute("data-state", "running", timeout=30_000)
-    expect(state(page)).to_have_attribute("data-state", "finished", timeout=patience)
-    assert wait_for_points(page, reached - 1, seconds=10) >= reached
+    expect(state(page)).to_have_attribute("data-state", "running")
+    expect(state(page)).to_have_attribute("data-state", "finished", timeout=600_000)
+    assert wait_for_points(page, reached - 1) >= reached
     expect(page.locator("#probe-answers")).to_contain_text("What is a cup?")
     expect(page.locator("#probe-answers section")).to_have_count(3)
 
     page.locator("#compare-now").click()
-    expect(page.locator("#preference")).to_be_visible(timeout=10_000)
+    expect(page.locator("#preference")).to_be_visible()
     expect(page.get_by_label("what-else", exact=True)).to_be_checked()
     page.locator("#prompt textarea").fill("What is a hat?")
     page.locator("#ask").click()
     for name in ("base", "dpo", "bapo"):
-        expect(page.locator(f"#answer-{name} footer")).to_contain_text("tokens", timeout=60_000)
-    expect(page.locator("#state")).to_contain_text("tokens/s over all answers", timeout=60_000)
+        expect(page.locator(f"#answer-{name} footer")).to_contain_text("tokens")
+    expect(page.locator("#state")).to_contain_text("tokens/s over all answers")
 
     page.get_by_role("tab", name="Adapters").click()
     cards = page.locator("#adapter-cards tbody tr", has_text="what-else")
@@ -148,10 +147,10 @@ def test_columns_with_other_names_are_asked_for(page, train_app, tmp_path):
     file.write_text("asked,winner,loser\nWhy?,Because.,No.\nHow?,So.,Not so.\n")
     open_train(page, train_app)
     page.locator("#pairs-file input[type=file]").set_input_files(file)
-    expect(page.locator("#pairs-report")).to_contain_text("Which columns hold", timeout=30_000)
+    expect(page.locator("#pairs-report")).to_contain_text("Which columns hold")
     expect(page.locator("#mapper")).to_be_visible()
     page.locator("#mapper").get_by_role("button", name="Read it so").click()
-    expect(page.locator("#pairs-report")).to_contain_text("2 pairs of 2 prompts", timeout=10_000)
+    expect(page.locator("#pairs-report")).to_contain_text("2 pairs of 2 prompts")
     expect(page.locator("#train")).to_be_enabled()
 
 
@@ -161,7 +160,5 @@ def test_a_file_that_cannot_be_read_is_a_sentence(page, train_app, tmp_path):
     file.write_bytes(b"PAR1 <img src=x onerror=alert(1)> PAR1")
     open_train(page, train_app)
     page.locator("#pairs-file input[type=file]").set_input_files(file)
-    expect(page.locator("#pairs-report [role=alert]")).to_contain_text(
-        "bad.parquet is a damaged Parquet", timeout=30_000
-    )
+    expect(page.locator("#pairs-report [role=alert]")).to_contain_text("bad.parquet is a damaged Parquet")
     expect(page.locator("#train")).to_be_disabled()
