@@ -85,17 +85,21 @@ def preference_set() -> tuple[PreferencePrompt, ...]:
 
 
 def own_pairs(preference_id: str, *, held_out: bool) -> list[Pair]:
-    """Pairs of our own set: chosen is the response in the wanted preference, rejected each of `rejected_beside`."""
+    """Pairs of our own set: chosen is the response in the wanted preference, rejected what `rejected_beside` names.
+
+    A held-out prompt gives a pair with each of these, a training prompt one pair, with each of them in turn: the
+    steps that four pairs of one prompt take teach more as one pair of four prompts.
+    """
     if preference_id not in CATALOGUE:
         raise BapoError(
             f"There is no preference {preference_id!r} in the catalogue ({', '.join(CATALOGUE)}). "
             "For a taste of your own give its pairs with --pairs FILE."
         )
+    others = rejected_beside(preference_id)
     return [
         Pair(item.prompt, item.responses[preference_id], item.responses[other])
-        for item in preference_set()
-        if item.held_out == held_out
-        for other in rejected_beside(preference_id)
+        for place, item in enumerate(item for item in preference_set() if item.held_out == held_out)
+        for other in (others if held_out else [others[place % len(others)]])
     ]
 
 

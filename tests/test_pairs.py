@@ -97,11 +97,15 @@ def test_a_style_is_preferred_to_the_other_end_of_its_dimension():
 
 
 def test_a_domain_is_preferred_to_the_other_domains_and_the_plain_answer():
-    first = next(item for item in preference_set() if not item.held_out)
-    own = [pair for pair in own_pairs("literature", held_out=False) if pair.prompt == first.prompt]
     rejected = ("academy", "business", "entertainment", "P2A")
+    first = next(item for item in preference_set() if item.held_out)
+    own = [pair for pair in own_pairs("literature", held_out=True) if pair.prompt == first.prompt]
     assert [pair.rejected for pair in own] == [first.responses[other] for other in rejected]
     assert {pair.chosen for pair in own} == {first.responses["literature"]}
+
+    items = [item for item in preference_set() if not item.held_out]
+    in_turn = [items[place].responses[other] for place, other in enumerate(4 * list(rejected))]
+    assert [pair.rejected for pair in own_pairs("literature", held_out=False)][:16] == in_turn
 
 
 def test_the_detailed_answer_begins_with_the_concise_one():

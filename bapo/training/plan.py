@@ -13,14 +13,11 @@ from bapo.preferences import CATALOGUE
 from bapo.training.objectives import METHODS
 
 ANCHOR_PROMPTS = Path(__file__).parent.parent / "data" / "anchor_prompts.txt"
-# What `--all` changes of the defaults. A step is four prompts of a style with a pair each or two of a domain with
-# four, and under BAPO half as many questions that only anchor. Adapters of the last 18 of the embedded base's 30 layers
-# take 2.9 MB each, so that all twenty can be shipped.
-RECIPES: dict[str, dict[str, Any]] = {
-    "style": {"learning_rate": 6e-4, "epochs": 1.0, "batch_size": 4, "last_layers": 18},
-    "domain": {"learning_rate": 6e-4, "epochs": 0.5, "batch_size": 8, "last_layers": 18},
-}
-ANCHORS_A_STEP = {"style": 2, "domain": 1}
+# What `--all` changes of the defaults. A step is four prompts with a pair each, and under BAPO half as many questions
+# that only anchor. Adapters of the last 18 of the embedded base's 30 layers take 2.9 MB each, so that all twenty can
+# be shipped.
+RECIPE: dict[str, Any] = {"learning_rate": 6e-4, "epochs": 1.0, "batch_size": 4, "last_layers": 18}
+ANCHORS_A_STEP = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,12 +86,11 @@ class TrainingPlan:
 def catalogue_plans() -> list[TrainingPlan]:
     """Every preference of the catalogue under every method."""
     plans = []
-    for preference in CATALOGUE.values():
-        recipe = RECIPES[preference.family]
+    for preference in CATALOGUE:
         for method in METHODS:
-            plan = TrainingPlan(preference=preference.id, method=method, **recipe)
+            plan = TrainingPlan(preference=preference, method=method, **RECIPE)
             if method != "dpo":
-                rows = plan.batch_size + ANCHORS_A_STEP[preference.family]
+                rows = plan.batch_size + ANCHORS_A_STEP
                 plan = replace(plan, batch_size=rows, anchor_prompts=str(ANCHOR_PROMPTS))
             plans.append(plan)
     return plans
