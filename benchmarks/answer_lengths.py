@@ -3,10 +3,12 @@
     python -m benchmarks.answer_lengths
 
 Greedy answers to the held-out prompts of our own set, with four times the room that the table of all adapters gives. A
-small base often falls into a loop and never ends, so the words before a loop are counted too.
+small base often falls into a loop and never ends, so two more means are printed: of the words before a loop, and of
+those answers that end by themselves where the base's does too, of which nothing was cut.
 """
 
 import statistics
+from collections.abc import Callable, Sequence
 
 from bapo.adapters import AdapterStore
 from bapo.comparison import METHODS
@@ -30,15 +32,22 @@ def main() -> None:
     answers = GreedyAnswers(Policies(base, 2**30, settings.cache), known)
     asked = [(prompt, TOKENS) for prompt in HELD_OUT]
     answers.prepare(who, asked)
-    print(f"{len(asked)} prompts, up to {TOKENS} tokens: words, those before a loop, and how many ended")
-    whole, clean = 0.0, 0.0
-    for one, name in zip(who, ["base", *names], strict=True):
-        own = answers.of(one, asked)
-        mean = statistics.mean(words(answer["text"]) for answer in own)
-        before = statistics.mean(before_loop(answer["text"]) for answer in own)
-        whole, clean = whole or mean, clean or before
-        ended = sum(answer["complete"] for answer in own)
-        print(f"{name:9} {mean:6.1f} ({mean / whole - 1:+.0%})  {before:6.1f} ({before / clean - 1:+.0%})  {ended}")
+    print(f"{len(asked)} prompts, up to {TOKENS} tokens; words beside the base's, of all answers, of all before a loop")
+    print("and of those that end by themselves where the base's does too")
+    plain = answers.of(None, asked)
+    for one, name in zip(who[1:], names, strict=True):
+        beside = list(zip(answers.of(one, asked), plain, strict=True))
+        ended = [both for both in beside if all(answer["complete"] for answer in both)]
+        columns = compared(beside, words), compared(beside, before_loop), compared(ended, words)
+        print(f"{name:9}", *columns, f"({len(ended)})", sep="  ")
+
+
+def compared(beside: Sequence[tuple[dict, dict]], count: Callable[[str], float]) -> str:
+    """Mean counts of an adapter's answers and of the base's beside them, and the change in percent."""
+    if not beside:
+        return "none"
+    own, base = (statistics.mean(count(answer["text"]) for answer in side) for side in zip(*beside, strict=True))
+    return f"{own:5.1f} / {base:5.1f} {own / base - 1:+.0%}"
 
 
 if __name__ == "__main__":
