@@ -34,7 +34,8 @@ def anchor(policy: Logps, reference: Logps) -> Tensor:
     """Eq. 5: max(0, log π_ref(y_b|x) − log π_θ(y_b|x)); shape [pairs].
 
     Zero while the policy holds the base response at least as likely as the base does. The gradient
-    is zero on the boundary as well, where training starts (π_θ = π_ref).
+    is zero on the boundary as well. Training starts there but for rounding (π_θ = π_ref), so that
+    the last bits of two equal log-probs decide which anchors pull in its first steps.
     """
     return torch.relu(reference.base - policy.base)
 
