@@ -3,23 +3,24 @@
     python -m benchmarks.training_speed FILE
 
 FILE holds prompts with one response per domain (JSON lines: `prompt`, `responses`); a pair is the
-literary response against each other one. Every side takes the same prompts in turn, forwards,
+literary response against each other one. Every side has a process of its own, as its users have it, and
+has seen all prompts before it is timed. Then they take the same prompts in turn, forwards,
 backwards and optimiser, so that whatever slows the machine slows all. Printed are medians over the
 rounds, of each side's speed and of the ratios; prompts differ in length, so a ratio is one round's. TRL
 runs as installed, with reference log-probs precomputed, no anchor, and the batch size that is fastest
-for it. Peak memory is that of a process which runs one side alone.
+for it. Peak memory is that of a side's process.
 """
 
-import math
+import multiprocessing
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `python -m bapo train` does; it helps every side
@@ -46,7 +47,7 @@ from benchmarks.preparation import spread
 
 PROMPTS_A_STEP = 2
 ROUNDS = 5
-BATCH_SIZES = (8, 4, 2, 1)  # of TRL, to choose from; the first is also its warm-up
+BATCH_SIZES = (8, 4, 2, 1)  # of TRL, to choose from
 
 
 class Side:
@@ -188,55 +189,110 @@ def model_gflop(side: Side, step: int) -> float:
     return 2 * (linear * (2 * computed - predicted + live) + head * (predicted + live)) / 1e9
 
 
-def peak_megabytes(name: str, file: Path, batch_size: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.training_speed", str(file), "--side", name, str(batch_size)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+def peak_megabytes() -> float:
+    """Of this process. Not getrusage: a child's count starts at its parent's."""
+    return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1000
 
 
-def make(name: str, steps: list[list[Pair]], folder: str, batch_size: int) -> Side:
-    return trl_side(steps, folder, batch_size) if name == "trl" else bapo_side(steps, folder, packed=name == "packed")
+def work(parent: Connection, name: str, file: Path, batch_size: int) -> None:
+    """A side's process: tells the tokens that its steps compute, then takes each step that it is told, None to end."""
+    disable_progress_bar()
+    steps = steps_of(file)
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "trl":
+            side = trl_side(steps, folder, batch_size)
+        else:
+            side = bapo_side(steps, folder, packed=name == "packed")
+        parent.send(sum(side.tokens(batch) for step in side.steps for batch in step))
+        while (step := parent.recv()) is not None:
+            seconds = side.take(step)
+            parent.send((seconds, model_gflop(side, step) if side.predicting else None, peak_megabytes()))
+
+
+def work_by_size(parent: Connection, file: Path) -> None:
+    """Tells the seconds that TRL's first step takes by batch size. In a process of its own: memory that a large batch
+    leaves behind makes the small ones after it faster than they are by themselves."""
+    disable_progress_bar()
+    steps = steps_of(file)[:1]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_side(steps, folder, BATCH_SIZES[0]).trainer
+        rows = [row for row in trainer.train_dataset]
+        by_size = {}
+        for size in BATCH_SIZES:
+            trainer.args.per_device_train_batch_size = size
+            by_size[size] = Side(trainer, [rows], lambda batch: 0).take(0)
+    parent.send(by_size)
+
+
+class Process:
+    """A process that computes one side, or TRL's first step by batch size."""
+
+    def __init__(self, target: Callable, *arguments):
+        self.connection, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(target=target, args=(theirs, *arguments), daemon=True)
+        process.start()
+        theirs.close()  # so that a process that dies is heard of
+        self.found = self.connection.recv()  # what it tells at first; until then it computes, and nothing else may
+
+    def take(self, step: int) -> tuple[float, float | None, float]:
+        """Seconds, the GFLOP of the packed side, and the peak memory so far, in megabytes."""
+        self.connection.send(step)
+        return self.connection.recv()
+
+    def take_all(self) -> float:
+        """Seconds."""
+        return sum(self.take(step)[0] for step in range(ROUNDS))
+
+    def end(self) -> None:
+        self.connection.send(None)
+
+
+def fastest_trl(file: Path) -> tuple[int, Process]:
+    """TRL's best batch size and its process, warm: of the two that are fastest for the first step, the one that is
+    faster for all, once it has seen all."""
+    first_step = Process(work_by_size, file).found
+    sides = {size: Process(work, "trl", file, size) for size in sorted(first_step, key=first_step.__getitem__)[:2]}
+    for side in sides.values():
+        side.take_all()
+    all_steps = {size: side.take_all() for size, side in sides.items()}
+    for title, by_size in (("the first step", first_step), ("all steps", all_steps)):
+        shown = {size: round(seconds, 1) for size, seconds in by_size.items()}
+        print(f"TRL, seconds for {title} by batch size: {shown}", flush=True)
+    best = min(all_steps, key=all_steps.__getitem__)
+    for size in all_steps.keys() - {best}:
+        sides[size].end()
+    return best, sides[best]
 
 
 def report(file: Path) -> None:
-    steps = steps_of(file)
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {name: make(name, steps, folder, BATCH_SIZES[0]) for name in ("trl", "plain", "packed")}
-        trl = sides["trl"]
-        by_size: dict[int, float] = {}
-        rows = [row for row in trl.trainer.train_dataset][: len(steps[0])]
-        for size in [*BATCH_SIZES, *BATCH_SIZES[-2:]]:  # the small ones lie close together
-            trl.trainer.args.per_device_train_batch_size = size
-            candidate = Side(trl.trainer, [rows], trl.tokens)
-            by_size[size] = min(candidate.take(0), by_size.get(size, math.inf))
-        best = min(by_size, key=by_size.__getitem__)
-        print("TRL, seconds for the first step by batch size:", {size: round(s, 1) for size, s in by_size.items()})
-        trl.trainer.args.per_device_train_batch_size = best
-        data = iter(list(trl.trainer.train_dataset))
-        sides["trl"] = Side(trl.trainer, [[next(data) for _ in step] for step in steps], trl.tokens)
-        # TRL is warm by now, with more memory than it will need.
-        longest = max(range(len(steps)), key=lambda step: sum(map(computed_tokens, sides["packed"].steps[step])))
-        for name in ("plain", "packed"):
-            sides[name].take(longest)
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        rates, used = [], []
-        for step in range(len(steps)):
-            for name, side in sides.items():
-                seconds[name].append(side.take(step))
-            rates.append(matrix_rate())
-            used.append(model_gflop(sides["packed"], step) / seconds["packed"][-1])
-    pairs = [len(step) for step in steps]
-    speed = {name: statistics.median(n / s for n, s in zip(pairs, seconds[name], strict=True)) for name in sides}
-    tokens = {name: sum(side.tokens(batch) for step in side.steps for batch in step) for name, side in sides.items()}
+    pairs = [len(step) for step in steps_of(file)]
+    best, trl = fastest_trl(file)
     titles = {
         "trl": f"trl.DPOTrainer, batch {best}, no anchor",
         "plain": "BAPO, padded triples",
         "packed": "BAPO, packed (the product)",
     }
-    memory = {name: peak_megabytes(name, file, best) for name in ("trl", "packed")}
-    print(f"\n{sum(pairs)} pairs of {len(steps) * PROMPTS_A_STEP} prompts, {len(steps)} rounds, medians")
+    sides = {"trl": trl}
+    for name in ("plain", "packed"):
+        sides[name] = Process(work, name, file, best)
+        sides[name].take_all()
+    seconds: dict[str, list[float]] = {name: [] for name in titles}
+    memory: dict[str, float] = {}
+    rates, used = [], []
+    for step in range(len(pairs)):
+        for name in titles:
+            duration, gflop, memory[name] = sides[name].take(step)
+            seconds[name].append(duration)
+            if gflop is not None:
+                rates.append(matrix_rate())
+                used.append(gflop / duration)
+    for side in sides.values():
+        side.end()
+    speed = {name: statistics.median(n / s for n, s in zip(pairs, seconds[name], strict=True)) for name in titles}
+    print(f"\n{sum(pairs)} pairs of {len(pairs) * PROMPTS_A_STEP} prompts, {len(pairs)} rounds, medians")
     for name, title in titles.items():
-        shown = f"{memory[name]:7.0f} MB peak" if name in memory else ""
-        print(f"{title:36} {speed[name]:6.3f} pairs/s  {tokens[name]:7} tokens computed  {shown}")
+        shown = f"{speed[name]:6.3f} pairs/s  {sides[name].found:7} tokens computed  {memory[name]:7.0f} MB peak"
+        print(f"{title:36} {shown}")
     for name, title in (("trl", "trl"), ("plain", "padded triples")):
         ratios = [theirs / ours for theirs, ours in zip(seconds[name], seconds["packed"], strict=True)]
         shown = " ".join(f"{ratio:.2f}" for ratio in ratios)
@@ -247,20 +303,9 @@ def report(file: Path) -> None:
 
 
 def main() -> None:
-    disable_progress_bar()
-    if len(sys.argv) < 2:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
-    file = Path(sys.argv[1])
-    if sys.argv[2:3] == ["--side"]:
-        with tempfile.TemporaryDirectory() as folder:
-            side = make(sys.argv[3], steps_of(file), folder, int(sys.argv[4]))
-            for step in range(len(side.steps)):
-                side.take(step)
-        # Not getrusage: a child's count starts at its parent's.
-        status = Path("/proc/self/status").read_text()
-        print(int(re.findall(r"VmHWM:\s+(\d+)", status)[0]) / 1000)
-    else:
-        report(file)
+    report(Path(sys.argv[1]))
 
 
 if __name__ == "__main__":
