@@ -1,6 +1,6 @@
 """What an adapter's log-probs amount to: reward accuracy and drift. Plain numbers, no torch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bapo.pair_layouts import Prompt
@@ -30,10 +30,17 @@ class Drift:
     per_token: float
 
 
+def margin(chosen: Mapping[str, float], rejected: Mapping[str, float], policy: str) -> float:
+    """The implicit reward log π_θ/π_ref of chosen − that of rejected, in nats: the margin of Eq. 4 without its β.
+
+    `chosen` and `rejected` are those of a `PairLogps`.
+    """
+    return (chosen[policy] - chosen[BASE]) - (rejected[policy] - rejected[BASE])
+
+
 def reward_accuracy(pairs: Sequence[PairLogps], policy: str) -> float:
-    """Share of pairs whose implicit reward log π_θ/π_ref is higher for chosen than for rejected."""
-    wins = sum(pair.chosen[policy] - pair.chosen[BASE] > pair.rejected[policy] - pair.rejected[BASE] for pair in pairs)
-    return wins / len(pairs)
+    """Share of pairs whose implicit reward is higher for chosen than for rejected."""
+    return sum(margin(pair.chosen, pair.rejected, policy) > 0 for pair in pairs) / len(pairs)
 
 
 def mean_drift(pairs: Sequence[PairLogps], policy: str) -> Drift:
