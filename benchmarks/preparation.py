@@ -4,7 +4,8 @@
 
 FILE holds prompts with several responses (JSON lines: `prompt`, `responses`). The usual way: `generate`
 one prompt at a time, then one forward pass per pair, both sequences padded. Ours: batches of prompts,
-then one packed pass a prompt. Both sides take the same prompts, in turn; medians per prompt are printed.
+then one packed pass a prompt. Both sides take the same prompts, in turn; medians per prompt are printed,
+with the tokens that each side computed.
 """
 
 import json
@@ -12,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -32,9 +34,30 @@ def spread(file: Path, count: int) -> list[dict]:
     return [json.loads(line) for line in lines[:: len(lines) // count][:count]]
 
 
-def usual(base: Base, pairs: list[Pair]) -> tuple[float, int]:
-    """(seconds, tokens computed)."""
-    start, tokens = time.perf_counter(), 0
+class Side:
+    """A way to prepare pairs, with a base of its own and what it took so far: (seconds, tokens) a prompt."""
+
+    def __init__(self, prepare: Callable[[Base, list[Pair]], None]):
+        self.prepare, self.base = prepare, load_base(Settings(base=EMBEDDED))
+        self.found: list[tuple[float, int]] = []
+        self._counts: list[int] = []  # positions that were embedded, padding included
+        # The model's twin, with which base responses are made, is copied from it with this hook.
+        embedding = self.base.model.get_input_embeddings()
+        embedding.register_forward_pre_hook(lambda module, inputs: self._counts.append(inputs[0].numel()))
+
+    def take(self, pairs: list[Pair], prompts: int) -> str:
+        self._counts.clear()
+        start = time.perf_counter()
+        self.prepare(self.base, pairs)
+        self.found.append(((time.perf_counter() - start) / prompts, sum(self._counts) // prompts))
+        return self.shown(*self.found[-1])
+
+    @staticmethod
+    def shown(seconds: float, tokens: float) -> str:
+        return f"{seconds:6.2f} s and {tokens:5.0f} tokens a prompt"
+
+
+def usual(base: Base, pairs: list[Pair]) -> None:
     base.model.set_attn_implementation("sdpa")
     with torch.inference_mode():
         for prompt in dict.fromkeys(pair.prompt for pair in pairs):
@@ -43,15 +66,11 @@ def usual(base: Base, pairs: list[Pair]) -> tuple[float, int]:
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False,
                 eos_token_id=sorted(base.stop_ids), pad_token_id=base.end_of_turn,
             )  # fmt: skip
-            tokens += answer.shape[1]
             log_probs(base, [answer[0].tolist()], ids.shape[1])
-            tokens += answer.shape[1]
         for pair in pairs:
             prompt_ids = base.encode_prompt(pair.prompt)
             rows = [prompt_ids + base.encode_response(pair.prompt, text) for text in (pair.chosen, pair.rejected)]
             log_probs(base, rows, len(prompt_ids))
-            tokens += 2 * max(map(len, rows))
-    return time.perf_counter() - start, tokens
 
 
 def log_probs(base: Base, rows: list[list[int]], start: int) -> torch.Tensor:
@@ -62,19 +81,16 @@ def log_probs(base: Base, rows: list[list[int]], start: int) -> torch.Tensor:
     return (logps.gather(2, ids[:, start:, None]).squeeze(2) * mask[:, start:]).sum(1)
 
 
-def ours(base: Base, pairs: list[Pair]) -> float:
+def ours(base: Base, pairs: list[Pair]) -> None:
     with tempfile.TemporaryDirectory() as cache:
-        start = time.perf_counter()
         prepare_rows(base, pairs, [], 512, Path(cache))
-        return time.perf_counter() - start
 
 
 def main() -> None:
     if len(sys.argv) < 2:
         sys.exit(__doc__)
     lines = spread(Path(sys.argv[1]), ROUNDS * ROWS)
-    theirs_base, our_base = load_base(Settings(base=EMBEDDED)), load_base(Settings(base=EMBEDDED))
-    seconds: dict[str, list[float]] = {"usual": [], "ours": []}
+    sides = {"batches, a packed pass a prompt": Side(ours), "generate one by one, a pass a pair": Side(usual)}
     for number in range(ROUNDS):
         prompts = lines[number * ROWS : (number + 1) * ROWS]
         pairs = [
@@ -83,14 +99,16 @@ def main() -> None:
             for name, text in item["responses"].items()
             if name != "literature"
         ]
-        seconds["ours"].append(ours(our_base, pairs) / len(prompts))
-        took, tokens = usual(theirs_base, pairs)
-        seconds["usual"].append(took / len(prompts))
-        print(f"round {number + 1}: usual {took:.0f} s for {len(prompts)} prompts, {len(pairs)} pairs, {tokens} tokens")
-    usual_median, our_median = (statistics.median(seconds[name]) for name in ("usual", "ours"))
-    print(f"generate one by one, a pass a pair   {usual_median:6.2f} s a prompt")
-    print(f"batches, a packed pass a prompt      {our_median:6.2f} s a prompt")
-    print(f"ratio                                {usual_median / our_median:6.2f} ×")
+        print(f"round {number + 1}: {len(prompts)} prompts, {len(pairs)} pairs", flush=True)
+        for title, side in sides.items():
+            print(f"    {title:36} {side.take(pairs, len(prompts))}", flush=True)
+    print(f"medians of {ROUNDS} rounds")
+    for title, side in sides.items():
+        print(f"    {title:36} {side.shown(*map(statistics.median, zip(*side.found, strict=True)))}")
+    own, theirs = (side.found for side in sides.values())
+    ratios = [other[0] / one[0] for one, other in zip(own, theirs, strict=True)]
+    rounds = " ".join(f"{ratio:.2f}" for ratio in ratios)
+    print(f"    {'ratio':36} {statistics.median(ratios):6.2f} ×  rounds: {rounds}")
 
 
 if __name__ == "__main__":
