@@ -4,8 +4,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-# Before torch is imported: the tests compare with float32 on the CPU, also where there is a GPU.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Before torch is imported: the tests compare with float32 on the CPU, also where there is a GPU. But see test_cuda.py.
+if "BAPO_TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest
 import torch

@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import create_mask, flex_attention
 import bapo.inference.token_logps as token_logps_module
 from bapo.inference.base import load_base
 from bapo.inference.prefix_tree import PromptTree, pack_trees
-from bapo.inference.scoring import branch_logps, response_logps
+from bapo.inference.scoring import _on, branch_logps, response_logps
 from bapo.inference.token_logps import BLOCK, token_logps
 from bapo.inference.tree_attention import Limits, _attend_by_segment, _TreeAttention, block_mask, limits_of
 from bapo.training.fused_layer import fuse_layers
@@ -33,7 +33,7 @@ def policy_of(base, seed=3):
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(policy.named_parameters()):
         if parameter.requires_grad:
-            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * 0.1
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(parameter) * 0.1
     return policy.train()
 
 
@@ -60,9 +60,10 @@ def packed(policy, rows, budget=4096, limits=None):
     batch = PairCollator(limits or limits_of(policy), budget)(rows)
     losses, scored = [], []
     for part in batch["parts"]:
-        logps = branch_logps(policy, policy, part["sequence"], part["late"])
+        sequence = {name: _on(policy.device, value) for name, value in part["sequence"].items()}
+        logps = branch_logps(policy, policy, sequence, part["late"])
         own = Logps(*(logps[part[f"{role}_branch"]] for role in ROLES))
-        reference = Logps(*(part[f"ref_{role}_logps"].to(logps.dtype) for role in ROLES))
+        reference = Logps(*(part[f"ref_{role}_logps"].to(logps) for role in ROLES))
         losses.append(part["share"] * bapo(own, reference, BETA, LAMBDA).mean())
         scored.append((own, part["ref_rejected_logps"]))
     # Parts come in an order of their own; the rows' references tell which is which.
@@ -227,6 +228,16 @@ def test_token_logps_and_their_gradient_against_the_whole_softmax(late, monkeypa
     assert visits[-1] == 9 - late and not hidden.grad[9 - late :].any(), "nothing asked for a late one's gradient"
     with pytest.raises(ValueError, match="is trained"):
         token_logps(hidden, head.requires_grad_(True), labels)
+
+
+def test_late_gradients_are_the_early_ones_where_a_device_trains_in_16_bits():
+    """States are then bfloat16, and log-probs with their gradient float32."""
+    torch.manual_seed(0)
+    head = nn.Linear(6, 50, bias=False).bfloat16().requires_grad_(False)
+    hidden, labels = torch.randn(9, 6).bfloat16().requires_grad_(), torch.arange(9)
+    early, late = (torch.autograd.grad(token_logps(hidden, head, labels, n).sum(), hidden)[0] for n in (0, 9))
+    assert early.any(1).all()
+    torch.testing.assert_close(late, early, rtol=0.02, atol=0.002)
 
 
 # (prefix, its length, own, its length): the second has a group without a prefix, and of another the last branch at the

@@ -60,26 +60,28 @@ def byte_tokenizer(architecture: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_model(architecture: str, tokenizer: PreTrainedTokenizerFast, longrope: bool = True):
+def tiny_model(architecture: str, tokenizer: PreTrainedTokenizerFast, longrope: bool = True, width: int = 32):
     """A random model of the architecture, a few thousand parameters, wide logits so that argmax is no tie."""
     torch.manual_seed(7)
     sizes = {
         "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 64,
+        "hidden_size": width,
+        "intermediate_size": 2 * width,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.eos_token_id,
-        "initializer_range": 0.5,
+        "initializer_range": 0.5 * (32 / width) ** 0.5,
     }
     if architecture == "llama":
         return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=True))
     if architecture == "gemma":
-        return GemmaForCausalLM(GemmaConfig(**sizes, head_dim=8, max_position_embeddings=4096))
-    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+        return GemmaForCausalLM(GemmaConfig(**sizes, head_dim=width // 4, max_position_embeddings=4096))
+    angles = range(width // 8)
+    factors = {"short_factor": [1 + angle / 10 for angle in angles], "long_factor": [2.0 + angle for angle in angles]}
+    rope = {"rope_type": "longrope", **factors}
     extra = {"rope_parameters": {**rope, "rope_theta": 10000.0}} if longrope else {}
     return Phi3ForCausalLM(
         Phi3Config(

@@ -42,7 +42,7 @@ class _TokenLogps(torch.autograd.Function):
         rows = upstream[early:].nonzero().squeeze(1)
         if len(rows):
             _, gradient = _over_the_vocabulary(hidden[rows], weight, bias, labels[rows], len(rows))
-            whole[early + rows] = gradient * upstream[early + rows, None]
+            whole[early + rows] = (gradient * upstream[early + rows, None]).to(whole.dtype)
         return whole, None, None, None, None
 
 

@@ -24,6 +24,8 @@ from bapo.inference.prefix_tree import PromptTree, Segment
 from bapo.inference.tree_kernels import attend_trees, attend_trees_backward
 
 NAME = "prefix_tree"
+# Below 128 positions torch would take another kernel, which does not compile for every number of heads.
+FLEX_KERNEL = {"BACKEND": "TRITON"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,9 @@ def tree_attention(
             return _attend_to_all(query, key, value, scaling), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if isinstance(attention_mask, BlockMask):
-        return flex_attention_forward(module, query, key, value, attention_mask, scaling=scaling)[0], None
+        return flex_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, kernel_options=FLEX_KERNEL
+        )[0], None
     if query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64):
         return _TreeAttention.apply(query, key, value, scaling, segments, take), None
     return _attend_by_segment(query, key, value, scaling, segments), None
