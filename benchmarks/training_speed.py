@@ -9,6 +9,9 @@ backwards and optimiser, so that whatever slows the machine slows all. Printed a
 rounds, of each side's speed and of the ratios; prompts differ in length, so a ratio is one round's. TRL
 runs as installed, with reference log-probs precomputed, no anchor, and the batch size that is fastest
 for it. Peak memory is that of a side's process.
+
+Where there is a CUDA device, the same on it: with a base of Phi-3-mini's size in bfloat16, whose weights are random, as
+speed does not depend on them, and four times as many prompts a step. Peak memory is then the device's.
 """
 
 import multiprocessing
@@ -22,6 +25,7 @@ from collections.abc import Callable
 from itertools import chain
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `python -m bapo train` does; it helps every side
 
@@ -30,12 +34,15 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import LoraConfig
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from bapo.inference.base import EMBEDDED, Base, load_base
+from bapo.inference.embedded import embedded_folder
 from bapo.inference.prefix_tree import PromptTree, pad_trees
 from bapo.inference.projection import project
+from bapo.inference.tree_attention import enable_trees
 from bapo.pairs import Pair
 from bapo.settings import Settings
 from bapo.training.fused_layer import fuse_layers
@@ -45,9 +52,11 @@ from bapo.training.rows import prepare_rows
 from bapo.training.trainer import BAPOTrainer
 from benchmarks.preparation import spread
 
-PROMPTS_A_STEP = 2
-ROUNDS = 5
-BATCH_SIZES = (8, 4, 2, 1)  # of TRL, to choose from
+CUDA = torch.cuda.is_available()
+PROMPTS_A_STEP = 8 if CUDA else 2
+ROUNDS = 3 if CUDA else 5
+BATCH_SIZES = (32, 16, 8, 4) if CUDA else (8, 4, 2, 1)  # of TRL, to choose from
+RATED = 8192 if CUDA else 2048  # rows and columns of the matrices by which the machine's rate is measured
 
 
 class Side:
@@ -57,6 +66,8 @@ class Side:
         self.trainer, self.tokens = trainer, tokens
         self.steps = [[trainer.data_collator(part) for part in _micro_batches(trainer, step)] for step in steps]
         self.predicting: list[int] = []  # of the last step: predicting positions that had a gradient
+        if trainer.args.gradient_checkpointing:  # where `train` would do it
+            trainer.model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
         trained = [p for p in trainer.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)  # what the trainers take by themselves
         trainer.model.train()
@@ -64,14 +75,24 @@ class Side:
     def take(self, step: int) -> float:
         """Seconds of one optimiser step."""
         self.predicting.clear()
-        start = time.perf_counter()
+        start = now()
         for batch in self.steps[step]:
             # BAPOTrainer goes backwards after every packed sequence, as its training step does.
             for part in [{"parts": [part]} for part in batch["parts"]] if "parts" in batch else [batch]:
-                (self.trainer.compute_loss(self.trainer.model, part) / len(self.steps[step])).backward()
+                part = self.trainer._prepare_inputs(part)  # to the device
+                with self.trainer.compute_loss_context_manager():
+                    loss = self.trainer.compute_loss(self.trainer.model, part) / len(self.steps[step])
+                loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - start
+        return now() - start
+
+
+def now() -> float:
+    """Seconds, once the device has done what it was given."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _micro_batches(trainer: DPOTrainer, rows: list[dict]) -> list[list[dict]]:
@@ -81,8 +102,8 @@ def _micro_batches(trainer: DPOTrainer, rows: list[dict]) -> list[list[dict]]:
 
 def arguments(folder: str, batch_size: int, **more) -> DPOConfig:
     return DPOConfig(
-        output_dir=folder, per_device_train_batch_size=batch_size, use_cpu=True, bf16=False, max_length=None,
-        gradient_checkpointing=False, report_to="none", disable_tqdm=True, **more,
+        output_dir=folder, per_device_train_batch_size=batch_size, use_cpu=not CUDA, bf16=CUDA, max_length=None,
+        gradient_checkpointing=CUDA, report_to="none", disable_tqdm=True, **more,
     )  # fmt: skip
 
 
@@ -115,10 +136,12 @@ def trl_side(steps: list[list[Pair]], folder: str, batch_size: int) -> Side:
         for step in steps
         for pair in step
     ]
-    trainer = DPOTrainer(
-        base.model, args=arguments(folder, batch_size, precompute_ref_log_probs=True), processing_class=base.tokenizer,
-        train_dataset=Dataset.from_list(rows), peft_config=lora(fused=False),
-    )  # fmt: skip
+    # It hashes the whole model to name a file of reference log-probs, which no other process would find.
+    with patch("trl.trainer.dpo_trainer.hash_module", lambda model: "base"):
+        trainer = DPOTrainer(
+            base.model, args=arguments(folder, batch_size, precompute_ref_log_probs=True),
+            processing_class=base.tokenizer, train_dataset=Dataset.from_list(rows), peft_config=lora(fused=False),
+        )  # fmt: skip
     trainer.pop_callback(PrinterCallback)
     tokenised = iter(list(trainer.train_dataset))
     side = Side(trainer, [[next(tokenised) for _ in step] for step in steps], lambda batch: batch["input_ids"].numel())
@@ -160,22 +183,40 @@ def padded_triples(examples: list[dict]) -> dict:
 
 
 def fresh_base(attention: str | None = None) -> Base:
-    base = load_base(Settings(base=EMBEDDED))
+    base = phi3_mini_sized() if CUDA else load_base(Settings(base=EMBEDDED))
     if attention:
         base.model.set_attn_implementation(attention)
     return base
 
 
+def phi3_mini_sized() -> Base:
+    """A base with random weights of Phi-3-mini's sizes, in bfloat16, with the embedded base's tokenizer."""
+    folder = embedded_folder(Settings().cache)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    special = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    torch.manual_seed(0)
+    with torch.device("cuda"):  # the sizes are the configuration's defaults
+        model = AutoModelForCausalLM.from_config(
+            Phi3Config(vocab_size=len(tokenizer), **special), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    model.eval().requires_grad_(False)
+    enable_trees(model)
+    return Base(
+        name="phi-3-mini-sized", folder=folder, model=model, tokenizer=tokenizer, fingerprint="random-phi-3-mini-sized",
+        numerics="bfloat16", end_of_turn=tokenizer.eos_token_id, stop_ids=frozenset({tokenizer.eos_token_id}),
+    )  # fmt: skip
+
+
 def matrix_rate() -> float:
     """GFLOP/s of a product of large square matrices by the faster of two libraries: what this machine can do."""
-    a, b = torch.randn(2, 2048, 2048)
+    a, b = torch.randn(2, RATED, RATED, device="cuda", dtype=torch.bfloat16) if CUDA else torch.randn(2, RATED, RATED)
     seconds: dict[Callable[..., torch.Tensor], list[float]] = {torch.matmul: [], project: []}
     for _ in range(5):
         for product, times in seconds.items():
-            start = time.perf_counter()
+            start = now()
             product(a, b)
-            times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(map(statistics.median, seconds.values())) / 1e9
+            times.append(now() - start)
+    return 2 * RATED**3 / min(map(statistics.median, seconds.values())) / 1e9
 
 
 def model_gflop(side: Side, step: int) -> float:
@@ -191,6 +232,8 @@ def model_gflop(side: Side, step: int) -> float:
 
 def peak_megabytes() -> float:
     """Of this process. Not getrusage: a child's count starts at its parent's."""
+    if CUDA:
+        return torch.cuda.max_memory_allocated() / 1e6
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1000
 
 
