@@ -24,7 +24,8 @@ from bapo.inference.prefix_tree import PromptTree, Segment
 from bapo.inference.tree_kernels import attend_trees, attend_trees_backward
 
 NAME = "prefix_tree"
-# Below 128 positions torch would take another kernel, which does not compile for every number of heads.
+# Below 128 positions torch would take its kernel for decoding, which cannot be compiled where the queries of heads that
+# share a key exceed a block of the mask.
 FLEX_KERNEL = {"BACKEND": "TRITON"}
 
 
