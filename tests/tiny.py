@@ -144,7 +144,7 @@ def logps_apart(model, prompt_ids: list[int], responses: list[list[int]]) -> tor
     """Summed log-probs of each response, one plain forward pass each: the brute-force twin of packing."""
     scores = []
     for response in responses:
-        logits = model(input_ids=torch.tensor([prompt_ids + response])).logits[0]
-        logps = logits.log_softmax(-1)[len(prompt_ids) - 1 : -1]
-        scores.append(logps.gather(1, torch.tensor(response).unsqueeze(1)).sum())
+        ids = torch.tensor(prompt_ids + response, device=model.device)
+        logps = model(input_ids=ids[None]).logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1)
+        scores.append(logps.gather(1, ids[len(prompt_ids) :, None]).sum())
     return torch.stack(scores)

@@ -9,8 +9,7 @@ from bapo.inference.prefix_tree import PREFIX, Batch, PromptTree, pack_trees, pa
 from bapo.inference.tree_attention import Limits
 
 ROLES = ("chosen", "rejected", "base")
-# Positions computed together; a larger group stays whole. A GPU needs more of them to be busy.
-TOKEN_BUDGET, GPU_TOKEN_BUDGET = 1024, 4096
+TOKEN_BUDGET = 1024  # positions computed together; a larger group stays whole
 
 
 class PairCollator:

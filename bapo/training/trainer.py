@@ -13,7 +13,7 @@ from trl import DPOConfig, DPOTrainer
 from bapo.inference.scoring import branch_logps
 from bapo.inference.tree_attention import limits_of
 from bapo.training.objectives import METHODS, Logps, anchor, margins
-from bapo.training.packing import GPU_TOKEN_BUDGET, TOKEN_BUDGET, PairCollator
+from bapo.training.packing import PairCollator
 
 logger = logging.getLogger(__name__)
 
@@ -65,8 +65,9 @@ class BAPOTrainer(DPOTrainer):
             logger.warning(
                 "%s cannot read packed prompts: padded rows are used, which is slower", model.config.model_type
             )
-        collator = PairCollator(limits, TOKEN_BUDGET if model.device.type == "cpu" else GPU_TOKEN_BUDGET)
-        super().__init__(model, args=args, data_collator=collator, processing_class=processing_class, **kwargs)
+        super().__init__(
+            model, args=args, data_collator=PairCollator(limits), processing_class=processing_class, **kwargs
+        )
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         missing = [column for column in COLUMNS if column not in dataset.column_names]
