@@ -1,11 +1,12 @@
-"""How a recipe does on prompts that it was not chosen by: cross-validated over the training prompts. Run by hand:
+"""How the recipe of `--all` does on prompts that its adapters did not see, by cross-validation. Run by hand:
 
     python -m benchmarks.cross_validation PREFERENCE ...
 
 The held-out prompts are few, and whoever chooses a recipe looks at them again and again. Here every training prompt is
 evaluated once, by an adapter that `--all`'s recipe trained without it, on a pair with each response that the
 preference's own is preferred to. An adapter takes two to three minutes on two cores; it is kept in the cache, so that
-a second run trains what is missing.
+a second run trains what is missing. Pairs and settings that change are noticed, code that trains is not: after changing
+that, remove `folds` from the cache.
 """
 
 import argparse
@@ -62,7 +63,8 @@ def trained(plan: FoldPlan, base: Base, settings: Settings) -> AdapterCard:
     expected = {**plan.hyperparameters(), "anchor_prompts": len(plan.load_anchor_prompts())}
     if place.exists():
         card = AdapterCard.read(place)
-        if (card.data_sha256, card.hyperparameters) == (hash_of(training), expected):
+        found = (card.base_fingerprint, card.data_sha256, card.hyperparameters)
+        if found == (base.fingerprint, hash_of(training), expected):
             return card
     with tqdm(desc=f"{plan.preference}-{plan.method}, fold {plan.fold + 1} of {FOLDS}", leave=False) as bar:
 
